@@ -1,0 +1,80 @@
+"""Channel names, patterns, and the rules that say who may subscribe."""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+__all__ = ["MAX_LENGTH", "Rule", "Rules", "check_name", "compile_pattern"]
+
+MAX_LENGTH = 255
+"""How many characters a channel's name may have."""
+
+_PARAMETER = re.compile(r"\{([^{}]*)\}")
+
+
+def check_name(channel: str) -> None:
+    """Raise `ValueError` unless `channel` is a string of 1 to 255 characters, none of which is a control character."""
+    if not isinstance(channel, str):
+        raise ValueError(f"a channel's name is a str, not {type(channel).__name__}")
+    if not 0 < len(channel) <= MAX_LENGTH:
+        raise ValueError(f"a channel's name has 1 to {MAX_LENGTH} characters, not {len(channel)}")
+    # Printable strings have no control characters, and this is the quick way to know.
+    if not channel.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in channel):
+        raise ValueError(f"a channel's name has no control characters: {channel!r}")
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """`metrics:{name}` becomes a regular expression in which `name` matches up to the next colon.
+
+    Raises `ValueError` for a pattern that no channel can match.
+    """
+    check_name(pattern)
+    expression, end = "", 0
+    for parameter in _PARAMETER.finditer(pattern):
+        name = parameter[1]
+        if not name.isidentifier():
+            raise ValueError(f"{pattern!r}: {{{name}}} isn't a name")
+        if f"(?P<{name}>" in expression:
+            raise ValueError(f"{pattern!r}: {{{name}}} stands there twice")
+        expression += re.escape(pattern[end : parameter.start()]) + f"(?P<{name}>[^:]+)"
+        end = parameter.end()
+    if not {"{", "}"}.isdisjoint(_PARAMETER.sub("", pattern)):
+        raise ValueError(f"{pattern!r}: a brace has no partner")
+    return re.compile(expression + re.escape(pattern[end:]))
+
+
+@dataclasses.dataclass(slots=True)
+class Rule:
+    """What holds for the channels that match a pattern."""
+
+    pattern: str
+    expression: re.Pattern[str]
+    allows: Callable[..., Awaitable[bool]] | None = None
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names in the pattern, in their order."""
+        return list(self.expression.groupindex)
+
+
+class Rules:
+    """The rules of a hub; of those that match a channel the first one holds."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, Rule] = {}
+
+    def add(self, pattern: str) -> Rule:
+        """A new rule for `pattern`. Raises `ValueError` for a pattern that has one or that can't match."""
+        if pattern in self._rules:
+            raise ValueError(f"{pattern!r} has a rule already")
+        rule = self._rules[pattern] = Rule(pattern, compile_pattern(pattern))
+        return rule
+
+    def find(self, channel: str) -> tuple[Rule | None, dict[str, Any]]:
+        """The rule for a channel, and the values of its pattern's names."""
+        for rule in self._rules.values():
+            if match := rule.expression.fullmatch(channel):
+                return rule, match.groupdict()
+        return None, {}

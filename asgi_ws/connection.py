@@ -1,0 +1,762 @@
+"""One client: what it sends, what it is sent, which channels it listens to, and how all that ends."""
+
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import random
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, cast
+
+from starlette.datastructures import State
+from starlette.exceptions import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection
+from starlette.types import Message, Receive, Scope, Send
+from typing_extensions import TypeVar
+
+from asgi_ws._types import Overflow
+from asgi_ws.channels import Rules, check_name
+from asgi_ws.exceptions import ConnectionClosed, HubNotRunning, InvalidMessage, SubscriptionDenied
+from asgi_ws.frames import Frame
+from asgi_ws.limits import Limits
+from asgi_ws.links import Link
+from asgi_ws.messages import Position, Publication
+from asgi_ws.origins import OriginPolicy
+from asgi_ws.outbox import Outbox
+from asgi_ws.payloads import encode
+from asgi_ws.protocols import Protocol
+from asgi_ws.pubsub import PubSub
+from asgi_ws.uvicorn import find_link
+
+__all__ = ["Connection", "Context", "Exchange", "OnConnect", "OnInvalid"]
+
+logger = logging.getLogger("asgi_ws")
+
+T = TypeVar("T")
+In = TypeVar("In", default=Any)
+Out = TypeVar("Out", default=Any)
+
+OnConnect = Callable[["Connection[Any, Any]"], Awaitable[None]]
+OnInvalid = Callable[["Connection[Any, Any]", InvalidMessage], Awaitable[None]]
+
+_FINISH = 5.0
+"""How many seconds a handler has to finish what it does when its client is gone."""
+_FINISH_AT_STOP = 1.0
+"""The same when the server stops, and for what a client has not taken then."""
+_INBOX_SIZE = 1024 * 1024
+"""How many bytes an inbox holds where messages have no largest size."""
+_REASON_SIZE = 123
+"""RFC 6455 section 5.5: a control frame's payload has 125 bytes, two of which are the close code."""
+
+
+class Connection(HTTPConnection[State], Generic[In, Out]):
+    """One client, from before its handshake is finished until it is gone.
+
+    `In` is what it sends: `str`, `bytes`, or a type that its JSON messages are validated as; `Out` is what it is sent.
+    Where nothing is annotated, text arrives as `str` and binary messages as `bytes`. The request's `headers`,
+    `cookies`, `query_params`, `path_params`, `user` and `state` are here as on every Starlette connection.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        exchange: "Exchange",
+        *,
+        context: "Context",
+        protocol: Protocol[In],
+        subprotocols: Iterable[str | None] = (),
+        on_invalid: OnInvalid | None = None,
+    ) -> None:
+        super().__init__(scope)
+        self.id = secrets.token_urlsafe(12)
+        """Tells this connection from all others, in every process."""
+        self.transport = "websocket"
+        """The way by which the client came."""
+        self.subprotocol: str | None = None
+        """The subprotocol that both sides have agreed on."""
+        self._exchange = exchange
+        self._context = context
+        self._protocol = protocol
+        self._subprotocols = tuple(subprotocols)
+        self._on_invalid = on_invalid
+        self._link: Link | None = None
+        self._outbox: Outbox | None = None
+        self._inbox: _Inbox | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._closed: ConnectionClosed | None = None
+        self._channels: set[str] = set()
+        self._left = False
+        self._handler: asyncio.Task[Any] | None = None
+        self._handler_receives = False
+        self._handler_cancelled = False
+        self._handler_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def channels(self) -> frozenset[str]:
+        """The channels that this connection is subscribed to."""
+        return frozenset(self._channels)
+
+    @property
+    def dropped(self) -> int:
+        """How many publications were dropped because the client did not keep up."""
+        return self._outbox.dropped if self._outbox is not None else 0
+
+    # The handshake
+
+    async def accept(
+        self,
+        subprotocol: str | None = None,
+        headers: Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]] | None = None,
+    ) -> None:
+        """Finish the handshake; only for handlers registered with `accept=False`.
+
+        `headers` are added to the response. Without `subprotocol` the first of the endpoint's that the client offers
+        is chosen. Raises `HTTPException` when the endpoint has some and the client offers none of them,
+        `ConnectionClosed` when the client is gone, and `RuntimeError` when the handshake is finished already.
+        """
+        if self._outbox is not None:
+            raise RuntimeError("the connection has been accepted already")
+        if subprotocol is None:
+            subprotocol = self._choose_subprotocol()
+        message = await self._exchange.receive()
+        if message["type"] != "websocket.connect":
+            self._closed = _closed_by(message)
+            raise self._closed.again()
+        try:
+            await self._exchange.send(
+                {"type": "websocket.accept", "subprotocol": subprotocol, "headers": _raw_headers(headers or {})}
+            )
+        except OSError as error:
+            self._closed = ConnectionClosed(1006, clean=False)
+            raise self._closed.again() from error
+        self.subprotocol = subprotocol
+        limits = self._context.limits
+        self._link = find_link(self._exchange.send)
+        self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
+        self._inbox = _Inbox(limits)
+        self._context.connections.watch(self._link)
+        self._reader = asyncio.create_task(self._read(self._inbox), name="asgi_ws reader")
+
+    def _choose_subprotocol(self) -> str | None:
+        offered = self.scope.get("subprotocols") or ()
+        for subprotocol in self._subprotocols:
+            if subprotocol is None or subprotocol in offered:
+                return subprotocol
+        if self._subprotocols:
+            raise HTTPException(400, f"a subprotocol is needed, one of: {', '.join(map(str, self._subprotocols))}")
+        return None
+
+    # Messages in
+
+    async def receive(self) -> In:
+        """The next message; waits for it.
+
+        What the client sent before it left is still received; then `ConnectionClosed` is raised. What can't be read
+        raises `InvalidMessage`, which closes the connection with 1007 unless the handler catches it; where the
+        endpoint has an `on_invalid`, that is called instead and the next message is waited for.
+        """
+        inbox = self._opened(self._inbox)
+        self._handler_receives = True
+        while True:
+            while not inbox.messages:
+                if self._closed is not None:
+                    raise self._closed.again()
+                await inbox.wait()
+            try:
+                return self._protocol.decode(inbox.take())
+            except InvalidMessage as error:
+                if self._on_invalid is None:
+                    raise
+                await self._on_invalid(self, error)
+
+    def __aiter__(self) -> "Connection[In, Out]":
+        """Iterate over the client's messages until the connection is closed, whoever closes it and however."""
+        return self
+
+    async def __anext__(self) -> In:
+        try:
+            return await self.receive()
+        except ConnectionClosed:
+            raise StopAsyncIteration from None
+
+    # Messages out
+
+    async def send(self, data: Out) -> None:
+        """Send to this client; waits while it is behind with what it was sent before.
+
+        Raises `ConnectionClosed`, and `TypeError` for data that can't be encoded.
+        """
+        outbox = self._opened(self._outbox)
+        await outbox.put(Frame(self._protocol.encode(data)))
+
+    def push(self, publication: Publication) -> None:
+        """Take a publication for this client. Called by the hub; never waits, never raises."""
+        if publication.sender is None or publication.sender != self.id:
+            cast(Outbox, self._outbox).push(publication.frame(self._protocol), publication.channel)
+
+    # Channels
+
+    async def subscribe(self, channel: str) -> None:
+        """From the return of this call on, the client gets what is published to the channel. A second time is none.
+
+        Raises `SubscriptionDenied` when the channel's rule says no or the connection has too many channels,
+        `ConnectionClosed`, and `ValueError` for a name that no channel has.
+        """
+        self._opened(self._outbox)
+        check_name(channel)
+        if channel in self._channels:
+            return
+        rule, parameters = self._context.rules.find(channel)
+        if rule is not None and rule.allows is not None and not await rule.allows(self, **parameters):
+            raise SubscriptionDenied(channel)
+        if self._closed is not None or self._left:
+            raise (self._closed or ConnectionClosed(1000)).again()
+        limit = self._context.limits.channels
+        if limit is not None and len(self._channels) >= limit:
+            raise SubscriptionDenied(channel, f"a connection can have {limit} channels")
+        self._channels.add(channel)
+        pubsub = self._context.pubsub
+        try:
+            await pubsub.subscribe(channel, self)
+        except BaseException:
+            self._channels.discard(channel)
+            raise
+        if channel not in self._channels:
+            # Meanwhile the connection was left, or the channel, and nobody could know of this subscription yet.
+            await pubsub.unsubscribe([channel], self)
+
+    async def unsubscribe(self, channel: str) -> None:
+        """The client gets nothing of the channel any more, from this call on."""
+        if channel in self._channels:
+            self._channels.discard(channel)
+            await self._context.pubsub.unsubscribe([channel], self)
+
+    async def publish(self, channel: str, data: Any, *, exclude_self: bool = False) -> Position | None:
+        """Publish to a channel, as `hub.publish` does; with `exclude_self` this connection doesn't get it."""
+        return await self._context.publish(channel, data, exclude=self.id if exclude_self else None)
+
+    # The end
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Send what still waits, then a close frame; waits until both have left, `Limits.write_timeout` at the most.
+
+        `reason` is cut to 123 bytes. Closing what is closed does nothing. Raises `ValueError` for a code that may not
+        be sent (RFC 6455 section 7.4).
+        """
+        if not (code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+            raise ValueError(f"a close frame can't have the code {code}; use 1000, or 4000 to 4999 for your own")
+        self._opened(self._outbox)
+        await self._close(code, reason)
+
+    async def serve(self, handler: Awaitable[None]) -> None:
+        """Await the handler, leave every channel, and close with the code that the handler's end asks for. Called by
+        the endpoint.
+
+        What the handler raises is raised again behind that, so that dependencies see it; where the handshake isn't
+        finished, it is for the framework to answer.
+        """
+        self._handler = asyncio.current_task()
+        try:
+            try:
+                error = await self._outcome(handler)
+            finally:
+                await self._leave_channels()
+            if self._outbox is not None:
+                await self._close(*self._answer(error))
+            elif self._closed is None and error is None:
+                error = HTTPException(403, "the connection was not accepted")
+        finally:
+            self._let_go()
+        if error is not None:
+            raise error
+
+    async def _outcome(self, handler: Awaitable[None]) -> Exception | None:
+        """What the handler raised, if anything."""
+        try:
+            await handler
+        except asyncio.CancelledError:
+            if self._closed is None or not self._handler_cancelled or _uncancel():
+                raise
+            return self._closed.again()
+        except Exception as error:
+            if self._handler_cancelled and _uncancel():
+                raise asyncio.CancelledError from error
+            return error
+        else:
+            if self._handler_cancelled and _uncancel():
+                raise asyncio.CancelledError
+            return None
+        finally:
+            self._handler = None
+            if self._handler_timer is not None:
+                self._handler_timer.cancel()
+
+    def _answer(self, error: BaseException | None) -> tuple[int, str]:
+        """What the client is told of the handler's end. What it isn't told is logged."""
+        if isinstance(error, BaseExceptionGroup):
+            if self._closed is not None:
+                rest = error.split(ConnectionClosed)[1]
+                if rest is None:
+                    return 1000, ""
+                error = rest
+            while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+                error = error.exceptions[0]
+        match error:
+            case None:
+                return 1000, ""
+            case ConnectionClosed() if self._closed is not None:
+                return 1000, ""
+            case InvalidMessage():
+                return error.close_code, error.reason
+            case SubscriptionDenied():
+                return 1008, str(error)
+            case WebSocketException():
+                return error.code, error.reason
+            case HTTPException() if error.status_code < 500:
+                return 1008, error.detail
+        logger.error("the handler of %r failed", self.scope["path"], exc_info=error)
+        return 1011, ""
+
+    async def _leave_channels(self) -> None:
+        self._left = True
+        channels, self._channels = self._channels, set()
+        await self._context.leave(channels, self)
+
+    async def _close(self, code: int, reason: str) -> None:
+        link, outbox = cast(Link, self._link), cast(Outbox, self._outbox)
+        reason = _cut(reason)
+        flush = self._end(ConnectionClosed(code, reason), discard=False)
+        try:
+            async with asyncio.timeout(self._context.limits.write_timeout):
+                if flush:
+                    await outbox.flush()
+                    self._closing = link.close(code, reason)
+                if self._closing is not None:
+                    await asyncio.wait([self._closing])
+        except TimeoutError:
+            link.abort()
+
+    def _let_go(self) -> None:
+        """Whatever happened: end what was started for this connection."""
+        if self._link is None or self._outbox is None or self._reader is None:
+            return
+        self._exchange.ended = True
+        self._reader.cancel()
+        if self._end(ConnectionClosed(1006, clean=False), discard=True):
+            # The server cancels its tasks: nobody will wait for a close frame.
+            self._link.abort()
+        self._context.connections.leave(self._link)
+        if self._outbox.drops:
+            logger.warning("%r did not keep up; dropped: %s", self.scope["path"], dict(self._outbox.drops))
+
+    def _end(self, closed: ConnectionClosed, *, discard: bool) -> bool:
+        """Let nothing more in or out; `discard` what waits. False when that has happened before."""
+        if self._closed is not None:
+            return False
+        self._closed = closed
+        cast(Outbox, self._outbox).end(closed, discard=discard)
+        cast(_Inbox, self._inbox).end(discard=False)
+        # A handler that closes its own connection knows what it does; any other may be waiting for something else.
+        if self._handler is not None and (discard or self._handler is not asyncio.current_task()):
+            self._end_handler(self._handler)
+        return True
+
+    def _end_handler(self, handler: "asyncio.Task[Any]") -> None:
+        """Let the handler finish what it has received; one that doesn't, or receives nothing at all, is cancelled."""
+        if self._handler_receives or handler is asyncio.current_task():
+            stopping = self._closed is not None and self._closed.code == 1012
+            delay = _FINISH_AT_STOP if stopping else _FINISH
+            self._handler_timer = asyncio.get_running_loop().call_later(delay, self._cancel_handler)
+        else:
+            self._cancel_handler()
+
+    def _cancel_handler(self) -> None:
+        if self._handler is not None:
+            self._handler_cancelled = True
+            self._handler.cancel()
+
+    def _refuse(self, code: int, reason: str) -> None:
+        """Close at once, whatever waits: the client has gone too far."""
+        if self._end(ConnectionClosed(code, reason), discard=True):
+            cast(_Inbox, self._inbox).end(discard=True)
+            self._closing = cast(Link, self._link).close(code, reason)
+
+    def _too_slow(self) -> None:
+        logger.info("%r is too slow: more than %d bytes wait", self.scope["path"], self._context.limits.outbox_size)
+        self._refuse(1013, "slow consumer")
+
+    async def _read(self, inbox: "_Inbox") -> None:
+        """Always be in `receive`, whatever the handler does: so pings are answered and the end is seen."""
+        limits = self._context.limits
+        largest = limits.message_size
+        rate = _Rate(limits.messages_per_second, limits.burst) if limits.messages_per_second else None
+        try:
+            while True:
+                message = await self._exchange.receive()
+                if message["type"] != "websocket.receive":
+                    self._gone(_closed_by(message))
+                    return
+                if self._closed is not None:
+                    return
+                text = message.get("text")
+                payload: str | bytes = bytes(message["bytes"]) if text is None else text
+                size = _size(payload)
+                if largest is not None and size > largest:
+                    self._refuse(1009, f"a message can have {largest} bytes, not {size}")
+                    return
+                if rate is not None and not rate.allows():
+                    logger.warning("%r sends more than %s messages a second", self.scope["path"], rate.per_second)
+                    self._refuse(1008, "too many messages")
+                    return
+                inbox.put(payload, size)
+                if inbox.full:
+                    await inbox.wait_for_room()
+        except Exception:
+            logger.debug("receiving from %r failed", self.scope["path"], exc_info=True)
+            self._gone(ConnectionClosed(1006, clean=False))
+
+    def _gone(self, closed: ConnectionClosed) -> None:
+        self._end(closed, discard=True)
+        if closed.code == 1012:
+            # The server stops and has said so to the client; it waits until the transport is empty.
+            self._context.connections.abort_soon(cast(Link, self._link))
+
+    def _opened(self, part: T | None) -> T:
+        """A part of an open connection. Raises `ConnectionClosed`, or `RuntimeError` before the handshake."""
+        if part is None:
+            if self._closed is not None:
+                raise self._closed.again()
+            raise RuntimeError("the connection isn't accepted yet; call `await conn.accept()` first")
+        return part
+
+
+class _Inbox:
+    """What the client has sent and the handler has not received yet, bounded in messages and in bytes."""
+
+    __slots__ = ("_largest", "_most", "_reader", "_receiver", "_size", "messages")
+
+    def __init__(self, limits: Limits) -> None:
+        self.messages: deque[str | bytes] = deque()
+        self._size = 0
+        self._most = limits.inbox_messages
+        self._largest = limits.message_size or _INBOX_SIZE
+        self._receiver: asyncio.Future[None] | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    def put(self, payload: str | bytes, size: int) -> None:
+        self.messages.append(payload)
+        self._size += size
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+
+    def take(self) -> str | bytes:
+        payload = self.messages.popleft()
+        self._size -= _size(payload)
+        if self._reader is not None and not self.full:
+            self.wake_reader()
+        return payload
+
+    @property
+    def full(self) -> bool:
+        return len(self.messages) >= self._most or self._size >= self._largest
+
+    async def wait(self) -> None:
+        """Wait for a message, or for the end."""
+        if self._receiver is not None:
+            raise RuntimeError("another task is receiving from this connection already")
+        self._receiver = asyncio.get_running_loop().create_future()
+        try:
+            await self._receiver
+        finally:
+            self._receiver = None
+
+    async def wait_for_room(self) -> None:
+        self._reader = asyncio.get_running_loop().create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def end(self, *, discard: bool) -> None:
+        """Nothing more will come."""
+        if discard:
+            self.messages.clear()
+            self._size = 0
+        if self._receiver is not None and not self._receiver.done():
+            self._receiver.set_result(None)
+        self.wake_reader()
+
+
+class _Rate:
+    """A token bucket, kept as the time at which it will be full again."""
+
+    __slots__ = ("_burst_time", "_full_at", "_interval", "per_second")
+
+    def __init__(self, per_second: float, burst: int) -> None:
+        self.per_second = per_second
+        self._interval = 1 / per_second
+        self._burst_time = burst / per_second
+        self._full_at = 0.0
+
+    def allows(self) -> bool:
+        now = time.monotonic()
+        self._full_at = max(self._full_at, now) + self._interval
+        return self._full_at - now <= self._burst_time
+
+
+class _Watched:
+    """What is known of a link from one look to the next."""
+
+    __slots__ = ("leaving", "looks", "taken")
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.looks = 0
+        self.leaving = False
+
+
+class Connections:
+    """All connections of this process: counted, and aborted when they take nothing of what waits for them.
+
+    No call of ASGI ends a client that doesn't read, and a server's own `close` waits until it does; so all links are
+    looked at a few times within the write timeout, also those whose connection has been left.
+    """
+
+    _LOOKS = 8
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._addresses: Counter[str] = Counter()
+        self._links: dict[Link, _Watched] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def slot(self, client: Any) -> Iterator[None]:
+        """Count a connection of the client's address. Raises `HTTPException`, status 503, when there are too many."""
+        address = _network(client)
+        most, most_of_address = self._limits.connections, self._limits.connections_per_address
+        if most is not None and self._count >= most:
+            raise _busy("too many connections")
+        if most_of_address is not None and self._addresses[address] >= most_of_address:
+            raise _busy("too many connections from this address")
+        self._count += 1
+        self._addresses[address] += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
+
+    def watch(self, link: Link) -> None:
+        """Look after a link until `leave`, and then until it is empty."""
+        self._links[link] = _Watched()
+        if self._timer is None:
+            self._look_later()
+
+    def leave(self, link: Link) -> None:
+        """The connection has been left; its link is kept only while the client has not taken everything."""
+        if link.buffered:
+            self._links[link].leaving = True
+        else:
+            del self._links[link]
+
+    def abort_soon(self, link: Link) -> None:
+        """The server stops and waits for this client: give it a second to take what it was sent."""
+        if link.buffered:
+            asyncio.get_running_loop().call_later(_FINISH_AT_STOP, link.abort)
+
+    def stop(self) -> None:
+        """Abort what is left, and look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for link in self._links:
+            link.abort()
+        self._links.clear()
+
+    def _look_later(self) -> None:
+        delay = self._limits.write_timeout / self._LOOKS
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for link, watched in list(self._links.items()):
+            buffered = link.buffered
+            taken = link.written - buffered
+            if not buffered or taken > watched.taken:
+                watched.looks = 0
+            else:
+                watched.looks += 1
+            watched.taken = taken
+            if watched.looks >= self._LOOKS - 1:
+                logger.info("aborting a connection that took nothing for %s s", self._limits.write_timeout)
+                link.abort()
+                watched.looks = 0
+            if watched.leaving and not link.buffered:
+                del self._links[link]
+        if self._links:
+            self._look_later()
+
+
+class Context:
+    """What the connections of one hub share."""
+
+    def __init__(self, limits: Limits, overflow: Overflow, origins: OriginPolicy) -> None:
+        self.limits = limits
+        self.overflow: Overflow = overflow
+        self.origins = origins
+        self.rules = Rules()
+        self.on_connect: list[OnConnect] = []
+        self.connections = Connections(limits)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pubsub: PubSub | None = None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it was started on the current event loop."""
+        return self._pubsub is not None and self._loop is asyncio.get_running_loop()
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether the loop that it was started on is closed."""
+        return self._loop is not None and self._loop.is_closed()
+
+    @property
+    def pubsub(self) -> PubSub:
+        """Raises `HubNotRunning`, and `RuntimeError` when called from another event loop than the hub's."""
+        if self._pubsub is None:
+            raise HubNotRunning
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "the hub runs on another event loop: from a thread use `anyio.from_thread.run(hub.publish, ...)`, "
+                "in tests use one `with TestClient(app) as client` or asgi_ws.testing.connect"
+            )
+        return self._pubsub
+
+    async def start(self, pubsub: PubSub) -> None:
+        """Begin to serve on the running loop."""
+        await pubsub.start()
+        self._loop = asyncio.get_running_loop()
+        self._pubsub = pubsub
+
+    def forget(self) -> None:
+        """Drop what can't be stopped any more."""
+        self._loop = self._pubsub = None
+        self.connections = Connections(self.limits)
+
+    async def stop(self) -> None:
+        """The end of that."""
+        pubsub, self._pubsub = self._pubsub, None
+        self.connections.stop()
+        if pubsub is not None:
+            await pubsub.stop()
+
+    async def publish(
+        self, channel: str, data: Any, *, exclude: "Connection[Any, Any] | str | None" = None
+    ) -> Position | None:
+        """What `Hub.publish` and `Connection.publish` do."""
+        check_name(channel)
+        sender = exclude.id if isinstance(exclude, Connection) else exclude
+        return await self.pubsub.publish(channel, encode(data), sender=sender)
+
+    async def leave(self, channels: Iterable[str], connection: "Connection[Any, Any]") -> None:
+        """Unsubscribe a connection; a hub that was stopped has no subscriptions left."""
+        if self._pubsub is not None:
+            await self._pubsub.unsubscribe(channels, connection)
+
+    @contextlib.contextmanager
+    def admit(self, scope: Scope, exchange: "Exchange") -> Iterator[None]:
+        """Let a request in, as far as its origin and the limits are concerned, and count it until it ends.
+
+        Raises `HTTPException`. Asked once for a request, however often this is called.
+        """
+        if exchange.admitted:
+            yield
+            return
+        if not self.origins.allows(scope):
+            origin = b", ".join(value for name, value in scope["headers"] if name == b"origin")
+            logger.warning(
+                "refused a page of %.200r at %.200r; name its origin in Hub(allowed_origins=[...])",
+                origin.decode("latin-1"),
+                scope["path"],
+            )
+            raise HTTPException(403, "this origin isn't allowed")
+        with self.connections.slot(scope.get("client")):
+            exchange.admitted = True
+            yield
+
+
+@dataclasses.dataclass(slots=True)
+class Exchange:
+    """A handshake and what follows, as the server offers it: its own `receive` and `send`, whatever is wrapped around
+    them further in. `WebSocketMiddleware` puts it into the scope."""
+
+    receive: Receive
+    send: Send
+    admitted: bool = False
+    ended: bool = False
+    """The connection was served to its end: nothing is to be answered any more."""
+
+
+def _busy(detail: str) -> HTTPException:
+    # Not all at the same moment again.
+    return HTTPException(503, detail, headers={"Retry-After": str(random.randint(2, 10))})
+
+
+def _network(client: Any) -> str:
+    """The address that a client is counted by: its own, or its network where it has 2^64 of them."""
+    host = str(client[0]) if client else ""
+    if ":" not in host:
+        return host
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return host
+    mapped = address.ipv4_mapped
+    return str(mapped) if mapped else str(ipaddress.IPv6Network((address, 64), strict=False))
+
+
+def _closed_by(message: Message) -> ConnectionClosed:
+    """How a connection ended, by the server's word. Without a close frame, uvicorn says 1005 and gives no reason."""
+    code, reason = int(message.get("code") or 1005), message.get("reason")
+    if code == 1006 or (code == 1005 and reason is None):
+        return ConnectionClosed(1006, "", clean=False)
+    return ConnectionClosed(code, reason or "")
+
+
+def _size(payload: str | bytes) -> int:
+    """In bytes. A lone surrogate, which no UTF-8 has, counts as what it would take."""
+    if isinstance(payload, bytes) or payload.isascii():
+        return len(payload)
+    return len(payload.encode(errors="surrogatepass"))
+
+
+def _cut(reason: str) -> str:
+    """As much of a reason as a close frame holds, without half a character at its end."""
+    return reason.encode(errors="replace")[:_REASON_SIZE].decode(errors="ignore")
+
+
+def _raw_headers(headers: Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]]) -> list[tuple[bytes, bytes]]:
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    return [(_raw(name).lower(), _raw(value)) for name, value in pairs]
+
+
+def _raw(value: str | bytes) -> bytes:
+    return value.encode("latin-1") if isinstance(value, str) else value
+
+
+def _uncancel() -> bool:
+    """Take back the cancellation that ended the handler; whether somebody else has cancelled the task, too."""
+    return cast("asyncio.Task[Any]", asyncio.current_task()).uncancel() > 0

@@ -1,0 +1,200 @@
+"""A handler as an endpoint of Starlette or FastAPI: the one place that inspects a function's signature."""
+
+import contextvars
+import functools
+import importlib.util
+import inspect
+import typing
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
+
+from starlette.convertors import Convertor, FloatConvertor, IntegerConvertor, UUIDConvertor
+from starlette.routing import WebSocketRoute, compile_path
+from starlette.websockets import WebSocket
+
+from asgi_ws._types import Handler
+from asgi_ws.connection import Connection, Context, OnInvalid
+from asgi_ws.exceptions import HubNotRunning
+from asgi_ws.protocols import choose_protocol
+
+__all__ = ["Endpoint", "check_async", "check_takes", "current_app", "make_endpoint", "make_route"]
+
+Endpoint = Callable[..., Awaitable[None]]
+"""What a framework calls: Starlette with a `WebSocket`, FastAPI with the handler's other parameters as well."""
+
+current_app: contextvars.ContextVar[Any] = contextvars.ContextVar("current_app", default=None)
+"""The application whose `dependency_overrides` hold for the request."""
+
+
+def check_async(function: Any, what: str) -> None:
+    """Raise `TypeError` unless calling `function` gives a coroutine."""
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(type(function).__call__):
+        raise TypeError(f"{_name(function)}: {what} must be an `async def` function, and not a generator")
+
+
+def check_takes(function: Any, names: Iterable[str]) -> None:
+    """Raise `TypeError` unless `function` can be called with a connection and values of these names."""
+    try:
+        inspect.signature(function).bind(None, **dict.fromkeys(names))
+    except TypeError as error:
+        expected = ", ".join(["conn", *names])
+        raise TypeError(f"{_name(function)}: is called with ({expected}), but {error}") from None
+
+
+def make_endpoint(
+    handler: Handler,
+    context: Context,
+    *,
+    subprotocols: Iterable[str | None] = (),
+    accept: bool = True,
+    on_invalid: OnInvalid | None = None,
+    namespace: Mapping[str, Any] | None = None,
+) -> Endpoint:
+    """An endpoint with the handler's signature, except that its connection is a `WebSocket`.
+
+    `namespace` has the names of annotations that were written where the handler was defined. Raises `TypeError` for a
+    handler that can't be called with a connection.
+    """
+    check_async(handler, "a handler")
+    if on_invalid is not None:
+        check_async(on_invalid, "on_invalid")
+    if isinstance(subprotocols, str):
+        raise TypeError("subprotocols: give a list of names, not one string")
+    subprotocols = tuple(subprotocols)
+    parameters = _parameters(handler, namespace or {})
+    connection = _connection_parameter(handler, parameters)
+    protocol = choose_protocol(*typing.get_args(parameters[connection].annotation))
+    others = [parameter for name, parameter in parameters.items() if name != connection]
+
+    async def endpoint(*args: WebSocket, **values: Any) -> None:
+        if args:  # by Starlette, which injects nothing
+            websocket, values = args[0], _path_values(handler, args[0], others)
+        else:
+            websocket = values.pop(connection)
+        exchange = websocket.scope.get("asgi_ws")
+        if exchange is None or not context.runs_here:
+            raise HubNotRunning
+        with context.admit(websocket.scope, exchange):
+            conn = Connection[Any, Any](
+                websocket.scope,
+                exchange,
+                context=context,
+                protocol=protocol,
+                subprotocols=subprotocols,
+                on_invalid=on_invalid,
+            )
+
+            async def run() -> None:
+                for hook in context.on_connect:
+                    await hook(conn)
+                if accept:
+                    await conn.accept()
+                await handler(**{connection: conn}, **values)
+
+            await conn.serve(run())
+
+    functools.update_wrapper(endpoint, handler, updated=())
+    parameters[connection] = parameters[connection].replace(annotation=WebSocket)
+    endpoint.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    return endpoint
+
+
+def make_route(path: str, endpoint: Endpoint) -> WebSocketRoute:
+    """The framework's route for an endpoint: Starlette's where the path has all that the endpoint takes, in its type,
+    and FastAPI's where something is to be injected or converted.
+
+    Raises `TypeError` when that needs FastAPI and it isn't installed, and `ValueError` for a path that can't match.
+    """
+    if not path.startswith("/"):
+        raise ValueError(f"the path {path!r} can't match: it doesn't begin with '/'")
+    convertors = compile_path(path)[2]
+    parameters = [p for p in inspect.signature(endpoint).parameters.values() if p.annotation is not WebSocket]
+    foreign = [p for p in parameters if not _converts(convertors.get(p.name), p.annotation)]
+    if not foreign:
+        return WebSocketRoute(path, endpoint)
+    if importlib.util.find_spec("fastapi") is None:
+        raise TypeError(_needs_fastapi(path, endpoint, foreign[0], convertors))
+    from fastapi.routing import APIWebSocketRoute
+
+    return APIWebSocketRoute(path, endpoint, dependency_overrides_provider=_Overrides())
+
+
+class _Overrides:
+    """The `dependency_overrides` of the application that the request came to."""
+
+    @property
+    def dependency_overrides(self) -> Mapping[Any, Any]:
+        return getattr(current_app.get(), "dependency_overrides", {})
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _parameters(handler: Handler, namespace: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """The handler's parameters, with annotations that are types even where they were written as text."""
+    target = inspect.unwrap(handler)
+    if isinstance(target, functools.partial):
+        target = target.func
+    if not inspect.isroutine(target):
+        target = target.__call__
+    try:
+        hints = typing.get_type_hints(target, localns=dict(namespace), include_extras=True)
+    except NameError as error:
+        raise TypeError(f"{_name(handler)}: an annotation can't be resolved: {error}") from error
+    parameters = {}
+    for name, parameter in inspect.signature(handler).parameters.items():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"{_name(handler)}: the parameter {name!r} can't be given by its name")
+        parameters[name] = parameter.replace(annotation=hints.get(name, parameter.empty))
+    return parameters
+
+
+def _connection_parameter(handler: Handler, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """The name of the parameter that is annotated as a connection, or of a first one that isn't annotated."""
+    found = [name for name, parameter in parameters.items() if _is_connection(parameter.annotation)]
+    if not found:
+        found = [name for name, p in list(parameters.items())[:1] if p.annotation is p.empty]
+    if len(found) != 1:
+        raise TypeError(f"{_name(handler)}: a handler has one parameter for its client: `conn: Connection`")
+    return found[0]
+
+
+def _is_connection(annotation: Any) -> bool:
+    return (typing.get_origin(annotation) or annotation) is Connection
+
+
+def _converts(convertor: Convertor[Any] | None, annotation: Any) -> bool:
+    """Whether Starlette's convertor alone gives what the annotation says."""
+    if convertor is None:
+        return False
+    types = {IntegerConvertor: int, FloatConvertor: float, UUIDConvertor: uuid.UUID}
+    return annotation in (inspect.Parameter.empty, Any, types.get(type(convertor), str))
+
+
+def _needs_fastapi(
+    path: str, endpoint: Endpoint, parameter: inspect.Parameter, convertors: Mapping[str, Convertor[Any]]
+) -> str:
+    name = parameter.name
+    if name in convertors:
+        return (
+            f"{_name(endpoint)}: {name!r} arrives from the path {path!r} as text; let Starlette convert it "
+            f"(`{{{name}:int}}`), or install FastAPI, which does (`pip install fastapi`)"
+        )
+    return (
+        f"{_name(endpoint)}: {name!r} isn't in the path {path!r}; read `conn.query_params` or `conn.headers`, or "
+        "install FastAPI, which injects it (`pip install fastapi`)"
+    )
+
+
+def _path_values(handler: Handler, websocket: WebSocket, parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
+    """What the handler takes from the path, where nothing is injected."""
+    values = {p.name: websocket.path_params[p.name] for p in parameters if p.name in websocket.path_params}
+    for parameter in parameters:
+        injected = type(parameter.default).__module__.partition(".")[0] == "fastapi"
+        if parameter.name not in values and (parameter.default is parameter.empty or injected):
+            raise TypeError(
+                f"{_name(handler)}: {parameter.name!r} isn't in the path of this Starlette route, which injects nothing"
+            )
+    return values

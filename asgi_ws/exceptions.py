@@ -1,0 +1,96 @@
+"""What can go wrong, as one tree. Whose fault it was is in the name; what to do is in the words.
+
+AsgiWsError
+├── ConnectionClosed      the client is gone, or we closed the connection
+├── InvalidMessage        the client sent what can't be read
+├── SubscriptionDenied    a rule or a limit said no
+├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
+├── HubNotRunning         the hub was used before it was started
+└── BrokerError           a publication may not have gone out
+"""
+
+__all__ = [
+    "AsgiWsError",
+    "BrokerError",
+    "ConnectionClosed",
+    "HubNotRunning",
+    "InvalidMessage",
+    "SubscriberTooSlow",
+    "SubscriptionDenied",
+]
+
+
+class AsgiWsError(Exception):
+    """Every error that asgi_ws raises on purpose, other than those of a developer's mistake."""
+
+
+class ConnectionClosed(AsgiWsError):
+    """The connection has ended: nothing can be sent to the client, and all that it sent has been received.
+
+    `code` and `reason` are the close frame's (RFC 6455 section 7.4), whoever sent it; 1006 when there was none.
+    `clean` tells a closing handshake from a connection that was lost.
+    """
+
+    def __init__(self, code: int, reason: str = "", clean: bool = True) -> None:
+        super().__init__(code, reason, clean)
+        self.code = code
+        self.reason = reason
+        self.clean = clean
+
+    def again(self) -> "ConnectionClosed":
+        """The same to be raised anew: an exception that is raised twice collects the tracebacks of both."""
+        return ConnectionClosed(self.code, self.reason, self.clean)
+
+    def __str__(self) -> str:
+        how = "closed" if self.clean else "lost"
+        return f"the connection was {how} with code {self.code}" + (f": {self.reason}" if self.reason else "")
+
+
+class InvalidMessage(AsgiWsError):
+    """The client sent a message that can't be read. Where nobody catches it, the connection is closed with
+    `close_code` and `reason`."""
+
+    def __init__(self, reason: str, close_code: int = 1007) -> None:
+        super().__init__(reason, close_code)
+        self.reason = reason
+        self.close_code = close_code
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class SubscriptionDenied(AsgiWsError):
+    """A connection may not subscribe to the channel. Where nobody catches it, the connection is closed with 1008."""
+
+    def __init__(self, channel: str, reason: str = "not allowed") -> None:
+        super().__init__(channel, reason)
+        self.channel = channel
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"subscribing to {self.channel!r} was refused: {self.reason}"
+
+
+class SubscriberTooSlow(AsgiWsError):
+    """More was published to the channel than `Limits.outbox_size` holds while `hub.subscribe` was left unread."""
+
+    def __init__(self, channel: str) -> None:
+        super().__init__(channel)
+        self.channel = channel
+
+    def __str__(self) -> str:
+        return f"the subscription to {self.channel!r} was not read fast enough; read it in a task of its own"
+
+
+class HubNotRunning(AsgiWsError, RuntimeError):
+    """The hub was used while it isn't running."""
+
+    def __str__(self) -> str:
+        return (
+            "the hub isn't running: add WebSocketMiddleware with this hub to the application that serves the request, "
+            "or use `async with hub`"
+        )
+
+
+class BrokerError(AsgiWsError):
+    """The broker didn't confirm: a publication may not have gone out. `__cause__` is its client's own error."""

@@ -1,0 +1,117 @@
+"""How frames leave for one client."""
+
+import asyncio
+import typing
+from collections import deque
+from collections.abc import Callable
+
+from starlette.types import Message, Send
+from starlette.websockets import WebSocketDisconnect
+
+from asgi_ws.frames import Frame
+
+__all__ = ["AsgiLink", "Link"]
+
+_HIGH_WATER = 64 * 1024
+_LOW_WATER = 16 * 1024
+
+
+def _nothing() -> None:
+    """Nobody waits yet."""
+
+
+class Link(typing.Protocol):
+    """The way to one client, open from the accepted handshake on. Nothing here waits, and nothing raises.
+
+    Frames arrive in the order of `write`. After `close` or `abort`, and after the client is gone, what is written
+    goes nowhere.
+    """
+
+    on_ready: Callable[[], None]
+    """Called after a `write` that said `False`, as soon as the client has taken most of what waited."""
+    written: int
+    """How many bytes `write` was given."""
+
+    def write(self, frame: Frame) -> bool:
+        """Send a frame. `True`: more may come; `False`: the client is behind, wait for `on_ready`."""
+        ...
+
+    def close(self, code: int, reason: str) -> asyncio.Task[None]:
+        """Send a close frame behind what has been written. The task ends when the server has taken it."""
+        ...
+
+    def abort(self) -> None:
+        """End it now, whatever is buffered."""
+        ...
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes the client has not taken yet, as far as the process knows."""
+        ...
+
+
+class AsgiLink:
+    """A link over a plain ASGI `send`. A writer task exists only while there is something to write."""
+
+    def __init__(self, send: Send) -> None:
+        self.on_ready: Callable[[], None] = _nothing
+        self._send = send
+        self._waiting: deque[tuple[Message, int]] = deque()
+        self.written = 0
+        self._buffered = 0
+        self._behind = False
+        self._ended = False
+        self._writer: asyncio.Task[None] | None = None
+
+    def write(self, frame: Frame) -> bool:
+        if self._ended:
+            return True
+        self.written += frame.size
+        key = "text" if isinstance(frame.payload, str) else "bytes"
+        self._push({"type": "websocket.send", key: frame.payload}, frame.size)
+        self._behind = self._buffered >= _HIGH_WATER
+        return not self._behind
+
+    def close(self, code: int, reason: str) -> asyncio.Task[None]:
+        writer = self._push({"type": "websocket.close", "code": code, "reason": reason}, 0)
+        self._ended = True
+        return writer
+
+    def abort(self) -> None:
+        self._ended = True
+        self._forget()
+        if self._writer is not None:
+            self._writer.cancel()
+
+    @property
+    def buffered(self) -> int:
+        return self._buffered
+
+    def _push(self, message: Message, size: int) -> asyncio.Task[None]:
+        self._waiting.append((message, size))
+        self._buffered += size
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write(), name="asgi_ws writer")
+        return self._writer
+
+    async def _write(self) -> None:
+        try:
+            while self._waiting:
+                message, size = self._waiting.popleft()
+                await self._send(message)
+                self._buffered -= size
+                if self._behind and self._buffered <= _LOW_WATER:
+                    self._behind = False
+                    self.on_ready()
+        except (OSError, RuntimeError, WebSocketDisconnect):
+            # The client is gone: OSError by the ASGI specification, RuntimeError on servers that came before it, and
+            # Starlette's own where a WebSocket of its stands in between.
+            self._ended = True
+            self._forget()
+            self.on_ready()
+        finally:
+            self._writer = None
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._buffered = 0

@@ -1,0 +1,54 @@
+"""The values that travel between the rooms."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from asgi_ws.frames import Frame
+from asgi_ws.payloads import Payload
+
+__all__ = ["Encoder", "Position", "Publication"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a channel's stream: the `offset` counts its publications from 1, the `epoch` changes whenever the
+    count may have started again."""
+
+    offset: int
+    epoch: str
+
+
+class Encoder(typing.Protocol):
+    """What makes a frame's payload of a publication. Two with the same `format` make the same."""
+
+    @property
+    def format(self) -> str: ...
+
+    def encode_publication(self, publication: "Publication") -> str | bytes: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Publication:
+    """A payload on its way through a channel, with its position there.
+
+    `sender` is the id of the connection that doesn't get it.
+    """
+
+    channel: str
+    payload: Payload
+    position: Position | None = None
+    sender: str | None = None
+    _frames: dict[str, Frame] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def data(self) -> Any:
+        """What was published: a `str`, `bytes`, or the values that its JSON says."""
+        return self.payload.decode()
+
+    def frame(self, encoder: Encoder) -> Frame:
+        """The frame for a client, built by the first that asks and shared by all of the same format."""
+        frame = self._frames.get(encoder.format)
+        if frame is None:
+            frame = self._frames[encoder.format] = Frame(encoder.encode_publication(self))
+        return frame

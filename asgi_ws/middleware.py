@@ -1,0 +1,215 @@
+"""The hook: what the hub has endpoints for is answered, everything else is passed on untouched."""
+
+import contextlib
+import logging
+import sys
+from typing import Any
+
+from starlette.exceptions import WebSocketException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import HTTPConnection
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Match, Route, WebSocketRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from asgi_ws.connection import Exchange
+from asgi_ws.endpoints import current_app
+from asgi_ws.hub import Hub
+
+__all__ = ["WebSocketMiddleware"]
+
+logger = logging.getLogger("asgi_ws")
+
+
+class WebSocketMiddleware:
+    """Serves a hub's endpoints in front of any ASGI application, and starts and stops the hub with it.
+
+    `app.add_middleware(WebSocketMiddleware, hub=hub)`, `Middleware(WebSocketMiddleware, hub=hub)` in a list, or
+    `WebSocketMiddleware(app, hub=hub)`. Where the server or a test runs no lifespan, the hub starts with the first
+    request. Put it as far out as can be: behind a middleware that wraps `send`, clients that read nothing can't be
+    cut off.
+    """
+
+    def __init__(self, app: ASGIApp, hub: Hub) -> None:
+        if not isinstance(hub, Hub):
+            raise TypeError(f"hub={hub!r}: give the Hub that your endpoints are registered with")
+        self.app = app
+        self.hub = hub
+        self._handling_exceptions: ASGIApp | None = None
+        self._segments: set[str] = set()
+        self._indexed = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+            return
+        if not self.hub.running:
+            await self.hub.__aenter__()
+        if scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        elif self._may_serve(scope):
+            await self._http(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    # WebSockets
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Also for endpoints that the application's own router calls, with something wrapped around `send`.
+        exchange = scope.setdefault("asgi_ws", Exchange(receive, send))
+        found = self._find(scope)
+        try:
+            if found is None:
+                await self.app(scope, receive, _until_ended(exchange, scope))
+            else:
+                await self._serve(scope, exchange, *found)
+        except Exception:
+            # Answered and, where it was nobody's intention, logged; it went on only for the dependencies to see.
+            if not exchange.ended:
+                raise
+
+    async def _serve(self, scope: Scope, exchange: Exchange, route: WebSocketRoute, child_scope: Scope) -> None:
+        scope["route"] = route
+        scope.update(child_scope)
+        application = scope.get("app", self.app)
+        current_app.set(application)
+        if self._handling_exceptions is None:
+            # Made with the first connection: by now the application has its exception handlers.
+            self._handling_exceptions = ExceptionMiddleware(self._admit, _exception_handlers(application))
+        await self._handling_exceptions(scope, exchange.receive, _until_ended(exchange, scope))
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.hub.context.admit(scope, scope["asgi_ws"]):
+            await scope["route"].handle(scope, receive, send)
+
+    def _find(self, scope: Scope) -> tuple[WebSocketRoute, Scope] | None:
+        for route in self.hub.routes:
+            match, child_scope = route.matches(scope)
+            if match is Match.FULL:
+                return route, dict(child_scope)
+        return None
+
+    # HTTP
+
+    def _may_serve(self, scope: Scope) -> bool:
+        """Whether some endpoint's path begins like the request's; the answer for most requests is a quick no."""
+        if self._indexed != len(self.hub.routes):
+            self._segments = {_first_segment(route.path) for route in self.hub.routes}
+            self._indexed = len(self.hub.routes)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return _first_segment(path) in self._segments or "{" in self._segments
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application answers first: it may have a page at an endpoint's path."""
+        if self._find({**scope, "type": "websocket"}) is None:
+            await self.app(scope, receive, send)
+            return
+        replaced = False
+
+        async def answer(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and _has_no_page(scope, message["status"]):
+                replaced = True
+                await _upgrade_required(scope)(scope, receive, send)
+            elif not replaced:
+                await send(message)
+
+        await self.app(scope, receive, answer)
+
+    # Start and stop
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the hub around the application's own lifespan, or, if it has none, in its place."""
+        async with contextlib.AsyncExitStack() as stack:
+            unheard = [await receive()]
+            try:
+                await stack.enter_async_context(self.hub)
+            except Exception as error:
+                await send({"type": "lifespan.startup.failed", "message": f"asgi_ws: {error}"})
+                return
+            spoke = False
+
+            async def hear() -> Message:
+                return unheard.pop() if unheard else await receive()
+
+            async def speak(message: Message) -> None:
+                nonlocal spoke
+                spoke = True
+                if message["type"] != "lifespan.startup.complete":
+                    # Before the server hears of the end: it may not wait for anything else.
+                    await stack.aclose()
+                await send(message)
+
+            try:
+                await self.app(scope, hear, speak)
+            except Exception as error:
+                if spoke:
+                    raise
+                logger.info("the application has no lifespan (%r)", error)
+            if not spoke:
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+                await stack.aclose()
+                await send({"type": "lifespan.shutdown.complete"})
+
+
+# Answers
+
+
+def _until_ended(exchange: Exchange, scope: Scope) -> Send:
+    """A `send` for what frameworks answer to exceptions: an HTTP response where the server takes one for a handshake,
+    a bare refusal where it doesn't, and nothing once the connection has been served."""
+    denial = "websocket.http.response" in (scope.get("extensions") or {})
+
+    async def send(message: Message) -> None:
+        if exchange.ended:
+            return
+        if denial or not message["type"].startswith("websocket.http.response."):
+            await exchange.send(message)
+        elif message["type"] == "websocket.http.response.start":
+            await exchange.send({"type": "websocket.close", "code": 1008})
+
+    return send
+
+
+def _exception_handlers(application: Any) -> dict[Any, Any]:
+    """The application's exception handlers, and ours where the framework's own would give the client no reason."""
+    handlers: dict[Any, Any] = {WebSocketException: _refused_with_reason}
+    if "fastapi" in sys.modules:
+        from fastapi.exceptions import WebSocketRequestValidationError
+
+        handlers[WebSocketRequestValidationError] = _refused_as_invalid
+    for key, handler in (getattr(application, "exception_handlers", None) or {}).items():
+        # 500 and Exception belong to the outermost middleware, and the framework's defaults aren't somebody's choice.
+        of_framework = getattr(handler, "__module__", "").partition(".")[0] in ("fastapi", "starlette")
+        if key not in (500, Exception) and not (of_framework and key in handlers):
+            handlers[key] = handler
+    return handlers
+
+
+async def _refused_with_reason(conn: HTTPConnection, error: WebSocketException) -> Response:
+    return PlainTextResponse(error.reason or "refused", 403)
+
+
+async def _refused_as_invalid(conn: HTTPConnection, error: Any) -> Response:
+    detail = [{key: part[key] for key in ("type", "loc", "msg") if key in part} for part in error.errors()]
+    return JSONResponse({"detail": detail}, 403)
+
+
+def _upgrade_required(scope: Scope) -> Response:
+    """RFC 9110 section 15.5.22."""
+    headers = {"Upgrade": "websocket", "Cache-Control": "no-store"}
+    if scope.get("http_version", "1.1").startswith("1"):
+        headers["Connection"] = "Upgrade"
+    return PlainTextResponse("This is a WebSocket endpoint: connect to it with a WebSocket client.\n", 426, headers)
+
+
+def _has_no_page(scope: Scope, status: int) -> bool:
+    """Whether the application answered because it has nothing at this path for this method, not from a page of its
+    own that is missing something."""
+    return status == 405 or (status == 404 and not isinstance(scope.get("route"), Route))
+
+
+def _first_segment(path: str) -> str:
+    segment = path.removeprefix("/").partition("/")[0]
+    return "{" if "{" in segment else segment

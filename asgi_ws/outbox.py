@@ -1,0 +1,152 @@
+"""What waits for one client, how much of it, and what happens when it is too much."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import cast
+
+from asgi_ws._types import Overflow
+from asgi_ws.exceptions import ConnectionClosed
+from asgi_ws.frames import Frame
+from asgi_ws.links import Link
+
+__all__ = ["Outbox"]
+
+
+class _Waiting:
+    """A frame that waits for its client. One that a handler sent has a future and is never dropped."""
+
+    __slots__ = ("channel", "frame", "sent")
+
+    def __init__(self, frame: Frame, channel: str | None, sent: asyncio.Future[bool] | None = None) -> None:
+        self.frame = frame
+        self.channel = channel
+        self.sent = sent
+
+
+class Outbox:
+    """A bounded queue in front of a link, with two doors.
+
+    `put` waits until the link has taken the frame: it is for the handler, which may well wait for its own client.
+    `push` never waits: it is for publications, where waiting would let one slow client hold up all the others. What
+    both let in leaves in one order. While the client keeps up nothing is queued at all.
+    """
+
+    __slots__ = (
+        "_behind",
+        "_ended",
+        "_frames",
+        "_link",
+        "_on_overflow",
+        "_overflow",
+        "_size",
+        "_waiting_size",
+        "drops",
+    )
+
+    def __init__(self, link: Link, size: int, overflow: Overflow, on_overflow: Callable[[], None]) -> None:
+        self._link = link
+        self._size = size
+        self._overflow = overflow
+        self._on_overflow = on_overflow
+        self._frames: deque[_Waiting] = deque()
+        self._waiting_size = 0
+        self._behind = False
+        self._ended: ConnectionClosed | None = None
+        self.drops: Counter[str] | None = None
+        link.on_ready = self._flush
+
+    @property
+    def dropped(self) -> int:
+        """How many publications the policy has dropped."""
+        return self.drops.total() if self.drops else 0
+
+    def push(self, frame: Frame, channel: str) -> None:
+        """Take a publication for this client. Never waits, never raises."""
+        if not self._behind:
+            self._behind = not self._link.write(frame)
+        elif self._ended is None:
+            self._queue(frame, channel)
+
+    async def put(self, frame: Frame) -> None:
+        """Take a message of the handler's; wait while the client is behind. Raises `ConnectionClosed`."""
+        if self._ended is not None:
+            raise self._ended.again()
+        if not self._behind:
+            self._behind = not self._link.write(frame)
+            return
+        sent = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(frame, None, sent)
+        self._append(waiting)
+        try:
+            if not await sent:
+                raise cast(ConnectionClosed, self._ended).again()
+        except asyncio.CancelledError:
+            if waiting in self._frames:
+                self._remove(waiting)
+            raise
+
+    def end(self, closed: ConnectionClosed, *, discard: bool) -> None:
+        """Let nothing more in. What waits is still sent, unless it is to be discarded."""
+        if self._ended is None:
+            self._ended = closed
+        if discard:
+            while self._frames:
+                self._leave(self._frames.popleft(), sent=False)
+
+    async def flush(self) -> None:
+        """Wait until the link has taken everything, or it was discarded."""
+        if self._frames:
+            last = self._frames[-1]
+            if last.sent is None:
+                last.sent = asyncio.get_running_loop().create_future()
+            # Whoever else waits for it isn't cancelled with us.
+            await asyncio.wait([last.sent])
+
+    def _queue(self, frame: Frame, channel: str) -> None:
+        waiting = _Waiting(frame, channel)
+        if self._overflow == "latest":
+            for older in self._frames:
+                if older.channel == channel:
+                    self._drop(older)
+                    break
+        while self._waiting_size + frame.size > self._size:
+            if self._overflow == "close":
+                self._on_overflow()
+                return
+            oldest = next((older for older in self._frames if older.channel is not None), None)
+            if self._overflow == "drop_newest" or oldest is None:
+                self._count(channel)
+                return
+            self._drop(oldest)
+        self._append(waiting)
+
+    def _flush(self) -> None:
+        self._behind = False
+        while self._frames and not self._behind:
+            waiting = self._frames.popleft()
+            self._behind = not self._link.write(waiting.frame)
+            self._leave(waiting, sent=True)
+
+    def _append(self, waiting: _Waiting) -> None:
+        self._frames.append(waiting)
+        self._waiting_size += waiting.frame.size
+
+    def _leave(self, waiting: _Waiting, *, sent: bool) -> None:
+        self._waiting_size -= waiting.frame.size
+        if waiting.sent is not None and not waiting.sent.done():
+            waiting.sent.set_result(sent)
+
+    def _remove(self, waiting: _Waiting) -> None:
+        self._frames.remove(waiting)
+        self._waiting_size -= waiting.frame.size
+
+    def _drop(self, waiting: _Waiting) -> None:
+        self._remove(waiting)
+        assert waiting.channel is not None
+        self._count(waiting.channel)
+
+    def _count(self, channel: str) -> None:
+        if self.drops is None:
+            self.drops = Counter()
+        self.drops[channel] += 1

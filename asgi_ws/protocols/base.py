@@ -1,0 +1,30 @@
+"""The contract between a connection and the words that its client speaks."""
+
+import abc
+from typing import Any, ClassVar, Generic, TypeVar
+
+from asgi_ws.messages import Publication
+
+__all__ = ["Protocol"]
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Protocol(abc.ABC, Generic[T_co]):
+    """Makes messages of frame payloads, and frame payloads of messages and publications. No I/O, no state."""
+
+    format: ClassVar[str]
+    """Two protocols of the same format make the same of a publication, so that its frame is built once for both."""
+
+    @abc.abstractmethod
+    def decode(self, payload: str | bytes) -> T_co:
+        """What the client says: `str` from a text frame, `bytes` from a binary one. Raises `InvalidMessage` and
+        nothing else."""
+
+    @abc.abstractmethod
+    def encode(self, message: Any) -> str | bytes:
+        """What is sent to the client. Raises `TypeError` for what can't be sent."""
+
+    @abc.abstractmethod
+    def encode_publication(self, publication: Publication) -> str | bytes:
+        """The same for what was published, already encoded."""

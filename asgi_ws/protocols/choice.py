@@ -1,0 +1,55 @@
+"""Which protocol an endpoint's annotation asks for."""
+
+from typing import Any
+
+from asgi_ws.messages import Publication
+from asgi_ws.protocols.base import Protocol
+from asgi_ws.protocols.bytes import BytesProtocol
+from asgi_ws.protocols.json import JsonProtocol
+from asgi_ws.protocols.text import PlainProtocol, TextProtocol
+
+__all__ = ["MixedProtocol", "choose_protocol"]
+
+
+class MixedProtocol(Protocol[Any]):
+    """Reads as one protocol does and writes as another."""
+
+    def __init__(self, reads: Protocol[Any], writes: Protocol[Any]) -> None:
+        self._reads = reads
+        self._writes = writes
+
+    @property
+    def format(self) -> str:  # type: ignore[override]
+        return self._writes.format
+
+    def decode(self, payload: str | bytes) -> Any:
+        return self._reads.decode(payload)
+
+    def encode(self, message: Any) -> str | bytes:
+        return self._writes.encode(message)
+
+    def encode_publication(self, publication: Publication) -> str | bytes:
+        return self._writes.encode_publication(publication)
+
+
+def choose_protocol(incoming: Any = Any, outgoing: Any = Any) -> Protocol[Any]:
+    """The protocol for `Connection[incoming, outgoing]`: `str` and `bytes` travel as they are, every other type as
+    JSON; a direction that is left open follows the other.
+
+    Raises `TypeError` for a type that can't be read from JSON.
+    """
+    reads = _protocol_for(outgoing if incoming is Any and outgoing in (str, bytes) else incoming)
+    if outgoing is Any:
+        return reads
+    writes = _protocol_for(outgoing)
+    return reads if reads.format == writes.format else MixedProtocol(reads, writes)
+
+
+def _protocol_for(type_: Any) -> Protocol[Any]:
+    if type_ in (Any, object):
+        return PlainProtocol()
+    if type_ is str:
+        return TextProtocol()
+    if type_ is bytes:
+        return BytesProtocol()
+    return JsonProtocol(type_)
