@@ -1,0 +1,23 @@
+"""Programs that tests need and that may not be installed: then the test is skipped, or, where ASGI_WS_REQUIRE names
+the program, it fails."""
+
+import os
+import shutil
+
+import pytest
+
+
+def program(name: str, *, reason: str = "") -> str:
+    """The path of an executable, or a skip. In ASGI_WS_REQUIRE the name is that of the executable."""
+    found = shutil.which(name)
+    if found is None:
+        missing(name, reason or f"{name} is not installed")
+        raise AssertionError  # not reached
+    return found
+
+
+def missing(name: str, reason: str) -> None:
+    """Skip the test, or fail where the program has to be there."""
+    if name in os.environ.get("ASGI_WS_REQUIRE", "").split(","):
+        pytest.fail(f"{reason}, and ASGI_WS_REQUIRE names {name}")
+    pytest.skip(reason)
