@@ -1,7 +1,6 @@
 """One client: what it sends, what it is sent, which channels it listens to, and how all that ends."""
 
 import asyncio
-import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -9,7 +8,7 @@ import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, cast
 
 from starlette.datastructures import State
@@ -18,7 +17,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 from typing_extensions import TypeVar
 
-from asgi_ws._types import Overflow
+from asgi_ws._types import Handler, Overflow
 from asgi_ws.channels import Rules, check_name
 from asgi_ws.exceptions import ConnectionClosed, HubNotRunning, InvalidMessage, SubscriptionDenied
 from asgi_ws.frames import Frame
@@ -166,7 +165,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             while not inbox.messages:
                 if self._closed is not None:
                     raise self._closed.again()
-                await inbox.wait()
+                await inbox.new_receiver()
             try:
                 return self._protocol.decode(inbox.take())
             except InvalidMessage as error:
@@ -253,9 +252,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._opened(self._outbox)
         await self._close(code, reason)
 
-    async def serve(self, handler: Awaitable[None]) -> None:
-        """Await the handler, leave every channel, and close with the code that the handler's end asks for. Called by
-        the endpoint.
+    async def serve(self, handler: Handler, values: Mapping[str, Any], *, accept: bool) -> None:
+        """Ask the hub's hooks, accept, run the handler, leave every channel, and close with the code that the
+        handler's end asks for. Called by the endpoint.
 
         What the handler raises is raised again behind that, so that dependencies see it; where the handshake isn't
         finished, it is for the framework to answer.
@@ -263,7 +262,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._handler = asyncio.current_task()
         try:
             try:
-                error = await self._outcome(handler)
+                error = await self._outcome(handler, values, accept)
             finally:
                 await self._leave_channels()
             if self._outbox is not None:
@@ -275,10 +274,14 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if error is not None:
             raise error
 
-    async def _outcome(self, handler: Awaitable[None]) -> Exception | None:
+    async def _outcome(self, handler: Handler, values: Mapping[str, Any], accept: bool) -> Exception | None:
         """What the handler raised, if anything."""
         try:
-            await handler
+            for hook in self._context.on_connect:
+                await hook(self)
+            if accept:
+                await self.accept()
+            await handler(**values)
         except asyncio.CancelledError:
             if self._closed is None or not self._handler_cancelled or _uncancel():
                 raise
@@ -415,7 +418,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                     return
                 inbox.put(payload, size)
                 if inbox.full:
-                    await inbox.wait_for_room()
+                    await inbox.new_room()
         except Exception:
             logger.debug("receiving from %r failed", self.scope["path"], exc_info=True)
             self._gone(ConnectionClosed(1006, clean=False))
@@ -465,22 +468,17 @@ class _Inbox:
     def full(self) -> bool:
         return len(self.messages) >= self._most or self._size >= self._largest
 
-    async def wait(self) -> None:
-        """Wait for a message, or for the end."""
-        if self._receiver is not None:
+    def new_receiver(self) -> asyncio.Future[None]:
+        """What is done when there is a message, or the end."""
+        if self._receiver is not None and not self._receiver.done():
             raise RuntimeError("another task is receiving from this connection already")
         self._receiver = asyncio.get_running_loop().create_future()
-        try:
-            await self._receiver
-        finally:
-            self._receiver = None
+        return self._receiver
 
-    async def wait_for_room(self) -> None:
+    def new_room(self) -> asyncio.Future[None]:
+        """What is done when there is room again."""
         self._reader = asyncio.get_running_loop().create_future()
-        try:
-            await self._reader
-        finally:
-            self._reader = None
+        return self._reader
 
     def wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -540,9 +538,11 @@ class Connections:
         self._links: dict[Link, _Watched] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    @contextlib.contextmanager
-    def slot(self, client: Any) -> Iterator[None]:
-        """Count a connection of the client's address. Raises `HTTPException`, status 503, when there are too many."""
+    def enter(self, client: Any) -> str:
+        """Count a connection of the client's address; what is returned is for `exit`.
+
+        Raises `HTTPException` with status 503 when there are too many.
+        """
         address = _network(client)
         most, most_of_address = self._limits.connections, self._limits.connections_per_address
         if most is not None and self._count >= most:
@@ -551,13 +551,14 @@ class Connections:
             raise _busy("too many connections from this address")
         self._count += 1
         self._addresses[address] += 1
-        try:
-            yield
-        finally:
-            self._count -= 1
-            self._addresses[address] -= 1
-            if not self._addresses[address]:
-                del self._addresses[address]
+        return address
+
+    def exit(self, address: str) -> None:
+        """The end of what `enter` has counted."""
+        self._count -= 1
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
 
     def watch(self, link: Link) -> None:
         """Look after a link until `leave`, and then until it is empty."""
@@ -676,14 +677,12 @@ class Context:
         if self._pubsub is not None:
             await self._pubsub.unsubscribe(channels, connection)
 
-    @contextlib.contextmanager
-    def admit(self, scope: Scope, exchange: "Exchange") -> Iterator[None]:
-        """Let a request in, as far as its origin and the limits are concerned, and count it until it ends.
+    def admit(self, scope: Scope, exchange: "Exchange") -> None:
+        """Let a request in, as far as its origin and the limits are concerned, and count it until `exchange.leave`.
 
-        Raises `HTTPException`. Asked once for a request, however often this is called.
+        Raises `HTTPException`. A request is asked once, however often this is called.
         """
-        if exchange.admitted:
-            yield
+        if exchange.admitted is not None:
             return
         if not self.origins.allows(scope):
             origin = b", ".join(value for name, value in scope["headers"] if name == b"origin")
@@ -693,9 +692,7 @@ class Context:
                 scope["path"],
             )
             raise HTTPException(403, "this origin isn't allowed")
-        with self.connections.slot(scope.get("client")):
-            exchange.admitted = True
-            yield
+        exchange.admitted = (self.connections, self.connections.enter(scope.get("client")))
 
 
 @dataclasses.dataclass(slots=True)
@@ -705,9 +702,16 @@ class Exchange:
 
     receive: Receive
     send: Send
-    admitted: bool = False
+    admitted: tuple[Connections, str] | None = None
     ended: bool = False
     """The connection was served to its end: nothing is to be answered any more."""
+
+    def leave(self) -> None:
+        """The request has ended."""
+        if self.admitted is not None:
+            connections, address = self.admitted
+            self.admitted = None
+            connections.exit(address)
 
 
 def _busy(detail: str) -> HTTPException:

@@ -12,7 +12,7 @@ from asgi_ws._types import Handler, Overflow
 from asgi_ws.brokers import Broker, MemoryBroker, broker_for
 from asgi_ws.channels import check_name
 from asgi_ws.connection import Connection, Context, OnConnect, OnInvalid
-from asgi_ws.endpoints import Endpoint, check_async, check_takes, make_endpoint, make_route
+from asgi_ws.endpoints import Endpoint, check_async, check_takes, make_route
 from asgi_ws.limits import Limits
 from asgi_ws.messages import Position
 from asgi_ws.origins import OriginPolicy
@@ -77,7 +77,7 @@ class Hub:
         def decorate(handler: H) -> H:
             if any(route.path == path for route in self.routes):
                 raise ValueError(f"{path!r} has an endpoint already")
-            endpoint = make_endpoint(
+            endpoint = Endpoint(
                 handler,
                 self._context,
                 subprotocols=subprotocols,
@@ -115,7 +115,7 @@ class Hub:
         namespace = sys._getframe(1).f_locals
 
         def decorate(handler: Handler) -> Endpoint:
-            return make_endpoint(
+            return Endpoint(
                 handler,
                 self._context,
                 subprotocols=subprotocols,

@@ -53,10 +53,13 @@ class Link(typing.Protocol):
 class AsgiLink:
     """A link over a plain ASGI `send`. A writer task exists only while there is something to write."""
 
+    __slots__ = ("_behind", "_buffered", "_ended", "_send", "_waiting", "_writer", "on_ready", "written")
+
     def __init__(self, send: Send) -> None:
         self.on_ready: Callable[[], None] = _nothing
         self._send = send
-        self._waiting: deque[tuple[Message, int]] = deque()
+        # Most links have nothing to queue most of the time, and there are many.
+        self._waiting: deque[tuple[Message, int]] | None = None
         self.written = 0
         self._buffered = 0
         self._behind = False
@@ -88,16 +91,18 @@ class AsgiLink:
         return self._buffered
 
     def _push(self, message: Message, size: int) -> asyncio.Task[None]:
+        if self._waiting is None:
+            self._waiting = deque()
         self._waiting.append((message, size))
         self._buffered += size
         if self._writer is None:
-            self._writer = asyncio.create_task(self._write(), name="asgi_ws writer")
+            self._writer = asyncio.create_task(self._write(self._waiting), name="asgi_ws writer")
         return self._writer
 
-    async def _write(self) -> None:
+    async def _write(self, waiting: deque[tuple[Message, int]]) -> None:
         try:
-            while self._waiting:
-                message, size = self._waiting.popleft()
+            while waiting:
+                message, size = waiting.popleft()
                 await self._send(message)
                 self._buffered -= size
                 if self._behind and self._buffered <= _LOW_WATER:
@@ -113,5 +118,6 @@ class AsgiLink:
             self._writer = None
 
     def _forget(self) -> None:
-        self._waiting.clear()
+        if self._waiting is not None:
+            self._waiting.clear()
         self._buffered = 0

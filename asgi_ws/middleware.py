@@ -35,7 +35,7 @@ class WebSocketMiddleware:
             raise TypeError(f"hub={hub!r}: give the Hub that your endpoints are registered with")
         self.app = app
         self.hub = hub
-        self._handling_exceptions: ASGIApp | None = None
+        self._endpoints: ASGIApp | None = None
         self._segments: set[str] = set()
         self._indexed = 0
 
@@ -58,29 +58,32 @@ class WebSocketMiddleware:
         # Also for endpoints that the application's own router calls, with something wrapped around `send`.
         exchange = scope.setdefault("asgi_ws", Exchange(receive, send))
         found = self._find(scope)
+        answering = self.app
+        if found is not None:
+            scope["route"], child_scope = found
+            scope.update(child_scope)
+            answering = self._answering(scope.get("app", self.app))
         try:
-            if found is None:
-                await self.app(scope, receive, _until_ended(exchange, scope))
-            else:
-                await self._serve(scope, exchange, *found)
+            await answering(scope, receive, _until_ended(exchange, scope))
         except Exception:
             # Answered and, where it was nobody's intention, logged; it went on only for the dependencies to see.
             if not exchange.ended:
                 raise
+        finally:
+            exchange.leave()
 
-    async def _serve(self, scope: Scope, exchange: Exchange, route: WebSocketRoute, child_scope: Scope) -> None:
-        scope["route"] = route
-        scope.update(child_scope)
-        application = scope.get("app", self.app)
+    def _answering(self, application: Any) -> ASGIApp:
+        """The endpoints, with the exception handlers of the application around them."""
         current_app.set(application)
-        if self._handling_exceptions is None:
+        if self._endpoints is None:
             # Made with the first connection: by now the application has its exception handlers.
-            self._handling_exceptions = ExceptionMiddleware(self._admit, _exception_handlers(application))
-        await self._handling_exceptions(scope, exchange.receive, _until_ended(exchange, scope))
+            self._endpoints = ExceptionMiddleware(self._admit, _exception_handlers(application))
+        return self._endpoints
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self.hub.context.admit(scope, scope["asgi_ws"]):
-            await scope["route"].handle(scope, receive, send)
+        # Before any dependency is asked; and not for longer than this request.
+        self.hub.context.admit(scope, scope["asgi_ws"])
+        await scope["route"].app(scope, receive, send)
 
     def _find(self, scope: Scope) -> tuple[WebSocketRoute, Scope] | None:
         for route in self.hub.routes:

@@ -30,6 +30,8 @@ class UvicornLink(AsgiLink):
     An uncompressed frame is right on a connection that negotiated compression too (RFC 7692 section 6).
     """
 
+    __slots__ = ("_transport", "_watcher", "_writable")
+
     def __init__(self, send: Send, protocol: Any) -> None:
         super().__init__(send)
         self._transport: asyncio.Transport = protocol.transport

@@ -6,11 +6,12 @@ import importlib.util
 import inspect
 import typing
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.convertors import Convertor, FloatConvertor, IntegerConvertor, UUIDConvertor
 from starlette.routing import WebSocketRoute, compile_path
+from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from asgi_ws._types import Handler
@@ -18,10 +19,7 @@ from asgi_ws.connection import Connection, Context, OnInvalid
 from asgi_ws.exceptions import HubNotRunning
 from asgi_ws.protocols import choose_protocol
 
-__all__ = ["Endpoint", "check_async", "check_takes", "current_app", "make_endpoint", "make_route"]
-
-Endpoint = Callable[..., Awaitable[None]]
-"""What a framework calls: Starlette with a `WebSocket`, FastAPI with the handler's other parameters as well."""
+__all__ = ["Endpoint", "check_async", "check_takes", "current_app", "make_route"]
 
 current_app: contextvars.ContextVar[Any] = contextvars.ContextVar("current_app", default=None)
 """The application whose `dependency_overrides` hold for the request."""
@@ -42,62 +40,76 @@ def check_takes(function: Any, names: Iterable[str]) -> None:
         raise TypeError(f"{_name(function)}: is called with ({expected}), but {error}") from None
 
 
-def make_endpoint(
-    handler: Handler,
-    context: Context,
-    *,
-    subprotocols: Iterable[str | None] = (),
-    accept: bool = True,
-    on_invalid: OnInvalid | None = None,
-    namespace: Mapping[str, Any] | None = None,
-) -> Endpoint:
-    """An endpoint with the handler's signature, except that its connection is a `WebSocket`.
+class Endpoint:
+    """A handler for the frameworks: an ASGI application, as which Starlette's routes run it, and, called by keywords
+    alone, a function with the handler's parameters, as FastAPI wants it for injection.
 
     `namespace` has the names of annotations that were written where the handler was defined. Raises `TypeError` for a
     handler that can't be called with a connection.
     """
-    check_async(handler, "a handler")
-    if on_invalid is not None:
-        check_async(on_invalid, "on_invalid")
-    if isinstance(subprotocols, str):
-        raise TypeError("subprotocols: give a list of names, not one string")
-    subprotocols = tuple(subprotocols)
-    parameters = _parameters(handler, namespace or {})
-    connection = _connection_parameter(handler, parameters)
-    protocol = choose_protocol(*typing.get_args(parameters[connection].annotation))
-    others = [parameter for name, parameter in parameters.items() if name != connection]
 
-    async def endpoint(*args: WebSocket, **values: Any) -> None:
-        if args:  # by Starlette, which injects nothing
-            websocket, values = args[0], _path_values(handler, args[0], others)
+    def __init__(
+        self,
+        handler: Handler,
+        context: Context,
+        *,
+        subprotocols: Iterable[str | None] = (),
+        accept: bool = True,
+        on_invalid: OnInvalid | None = None,
+        namespace: Mapping[str, Any],
+    ) -> None:
+        check_async(handler, "a handler")
+        if on_invalid is not None:
+            check_async(on_invalid, "on_invalid")
+        if isinstance(subprotocols, str):
+            raise TypeError("subprotocols: give a list of names, not one string")
+        parameters = _parameters(handler, namespace)
+        name = self._connection = _connection_parameter(handler, parameters)
+        self.injected = [parameter for parameter in parameters.values() if parameter.name != name]
+        """What the handler takes besides its connection."""
+        self._handler = handler
+        self._context = context
+        self._protocol = choose_protocol(*typing.get_args(parameters[name].annotation))
+        self._subprotocols = tuple(subprotocols)
+        self._accept = accept
+        self._on_invalid = on_invalid
+        functools.update_wrapper(self, handler, updated=())
+        parameters[name] = parameters[name].replace(annotation=WebSocket)
+        self.__signature__ = inspect.Signature(list(parameters.values()))
+
+    async def __call__(self, *asgi: Any, **values: Any) -> None:
+        if asgi:
+            scope: Scope = asgi[0]
+            values = self._path_values(scope["path_params"])
         else:
-            websocket = values.pop(connection)
-        exchange = websocket.scope.get("asgi_ws")
-        if exchange is None or not context.runs_here:
+            scope = values[self._connection].scope
+        exchange = scope.get("asgi_ws")
+        if exchange is None or not self._context.runs_here:
             raise HubNotRunning
-        with context.admit(websocket.scope, exchange):
-            conn = Connection[Any, Any](
-                websocket.scope,
-                exchange,
-                context=context,
-                protocol=protocol,
-                subprotocols=subprotocols,
-                on_invalid=on_invalid,
-            )
+        self._context.admit(scope, exchange)
+        values[self._connection] = conn = Connection[Any, Any](
+            scope,
+            exchange,
+            context=self._context,
+            protocol=self._protocol,
+            subprotocols=self._subprotocols,
+            on_invalid=self._on_invalid,
+        )
+        await conn.serve(self._handler, values, accept=self._accept)
 
-            async def run() -> None:
-                for hook in context.on_connect:
-                    await hook(conn)
-                if accept:
-                    await conn.accept()
-                await handler(**{connection: conn}, **values)
-
-            await conn.serve(run())
-
-    functools.update_wrapper(endpoint, handler, updated=())
-    parameters[connection] = parameters[connection].replace(annotation=WebSocket)
-    endpoint.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    return endpoint
+    def _path_values(self, path_params: Mapping[str, Any]) -> dict[str, Any]:
+        """What the handler takes, where nothing is injected."""
+        values = {}
+        for parameter in self.injected:
+            default = parameter.default
+            if parameter.name in path_params:
+                values[parameter.name] = path_params[parameter.name]
+            elif default is parameter.empty or type(default).__module__.partition(".")[0] == "fastapi":
+                raise TypeError(
+                    f"{_name(self._handler)}: {parameter.name!r} isn't in the path of this Starlette route, "
+                    "which injects nothing else"
+                )
+        return values
 
 
 def make_route(path: str, endpoint: Endpoint) -> WebSocketRoute:
@@ -109,8 +121,7 @@ def make_route(path: str, endpoint: Endpoint) -> WebSocketRoute:
     if not path.startswith("/"):
         raise ValueError(f"the path {path!r} can't match: it doesn't begin with '/'")
     convertors = compile_path(path)[2]
-    parameters = [p for p in inspect.signature(endpoint).parameters.values() if p.annotation is not WebSocket]
-    foreign = [p for p in parameters if not _converts(convertors.get(p.name), p.annotation)]
+    foreign = [p for p in endpoint.injected if not _converts(convertors.get(p.name), p.annotation)]
     if not foreign:
         return WebSocketRoute(path, endpoint)
     if importlib.util.find_spec("fastapi") is None:
@@ -186,15 +197,3 @@ def _needs_fastapi(
         f"{_name(endpoint)}: {name!r} isn't in the path {path!r}; read `conn.query_params` or `conn.headers`, or "
         "install FastAPI, which injects it (`pip install fastapi`)"
     )
-
-
-def _path_values(handler: Handler, websocket: WebSocket, parameters: Iterable[inspect.Parameter]) -> dict[str, Any]:
-    """What the handler takes from the path, where nothing is injected."""
-    values = {p.name: websocket.path_params[p.name] for p in parameters if p.name in websocket.path_params}
-    for parameter in parameters:
-        injected = type(parameter.default).__module__.partition(".")[0] == "fastapi"
-        if parameter.name not in values and (parameter.default is parameter.empty or injected):
-            raise TypeError(
-                f"{_name(handler)}: {parameter.name!r} isn't in the path of this Starlette route, which injects nothing"
-            )
-    return values
