@@ -10,10 +10,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import hypercorn.asyncio
+import hypercorn.config
 import uvicorn
 from starlette.types import ASGIApp
 
 ROOT = Path(__file__).parent.parent
+
+UVICORN = ("websockets-sansio", "wsproto")
+"""uvicorn's WebSocket classes, by the names that `--ws` has for them."""
+SERVERS = (*UVICORN, "hypercorn")
+"""What `serve_with` knows."""
 
 
 class Address:
@@ -29,14 +36,25 @@ class UvicornServer(Address):
         self.server = server
 
 
-@contextlib.asynccontextmanager
-async def serve(app: ASGIApp, *, sndbuf: int | None = None, **options: Any) -> AsyncIterator[UvicornServer]:
-    """uvicorn in this event loop, on a free port of 127.0.0.1; stopped on leaving. `sndbuf` caps the kernel's buffers."""
+def listen(*, sndbuf: int | None = None, rcvbuf: int | None = None) -> socket.socket:
+    """A socket on a free port of 127.0.0.1. The kernel's buffers for one connection grow to megabytes unless they are
+    capped here: accepted sockets inherit it."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sndbuf is not None:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+    for option, size in ((socket.SO_SNDBUF, sndbuf), (socket.SO_RCVBUF, rcvbuf)):
+        if size is not None:
+            listening.setsockopt(socket.SOL_SOCKET, option, size)
     listening.bind(("127.0.0.1", 0))
+    return listening
+
+
+@contextlib.asynccontextmanager
+async def serve(
+    app: ASGIApp, *, sndbuf: int | None = None, rcvbuf: int | None = None, **options: Any
+) -> AsyncIterator[UvicornServer]:
+    """uvicorn in this event loop, on a free port of 127.0.0.1; stopped on leaving. `sndbuf` and `rcvbuf` cap the
+    kernel's buffers."""
+    listening = listen(sndbuf=sndbuf, rcvbuf=rcvbuf)
     options = {"log_config": None, "timeout_graceful_shutdown": 5, **options}
     server = uvicorn.Server(uvicorn.Config(app, **options))
     # The test's own handlers of signals stay.
@@ -53,6 +71,38 @@ async def serve(app: ASGIApp, *, sndbuf: int | None = None, **options: Any) -> A
         server.should_exit = True
         await asyncio.wait_for(task, 15)
         listening.close()
+
+
+@contextlib.asynccontextmanager
+async def serve_hypercorn(
+    app: ASGIApp, *, sndbuf: int | None = None, rcvbuf: int | None = None, **options: Any
+) -> AsyncIterator[Address]:
+    """Hypercorn in this event loop, on a free port of 127.0.0.1; stopped on leaving."""
+    listening = listen(sndbuf=sndbuf, rcvbuf=rcvbuf)
+    listening.listen(100)
+    port = listening.getsockname()[1]
+    config = hypercorn.config.Config()
+    config.bind = [f"fd://{listening.detach()}"]
+    config.accesslog = config.errorlog = None
+    config.graceful_timeout = 5
+    for name, value in options.items():
+        setattr(config, name, value)
+    stop = asyncio.Event()
+    task = asyncio.create_task(hypercorn.asyncio.serve(app, config, shutdown_trigger=stop.wait))
+    try:
+        yield Address(port)
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 15)
+
+
+def serve_with(
+    server: str, app: ASGIApp, *, sndbuf: int | None = None, rcvbuf: int | None = None
+) -> contextlib.AbstractAsyncContextManager[Address]:
+    """One of `SERVERS` in this event loop."""
+    if server == "hypercorn":
+        return serve_hypercorn(app, sndbuf=sndbuf, rcvbuf=rcvbuf)
+    return serve(app, sndbuf=sndbuf, rcvbuf=rcvbuf, ws=server)
 
 
 class Process(Address):
