@@ -1,0 +1,461 @@
+"""Publishing, subscribing and rules, and how a hub starts and stops."""
+
+import asyncio
+import threading
+import typing
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from asgi_ws import (
+    Connection,
+    ConnectionClosed,
+    Hub,
+    HubNotRunning,
+    Limits,
+    Position,
+    Publication,
+    SubscriberTooSlow,
+    SubscriptionDenied,
+    WebSocketMiddleware,
+)
+from asgi_ws.brokers import MemoryBroker
+from asgi_ws.payloads import encode
+from asgi_ws.testing import Client, connect, request
+
+pytestmark = pytest.mark.anyio
+
+
+def make_app(hub: Hub, routes: typing.Sequence[Route] = ()) -> Starlette:
+    """Everybody at /{channel} hears that channel, and what is sent there is published there."""
+    app = Starlette(routes=list(routes))
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.websocket("/{channel}")
+    async def listen(conn: Connection, channel: str) -> None:
+        await conn.subscribe(channel)
+        await conn.send("subscribed")
+        async for message in conn:
+            await conn.publish(channel, message)
+
+    return app
+
+
+async def subscribed(client: Client) -> Client:
+    assert await client.receive() == "subscribed"
+    return client
+
+
+@pytest.fixture
+def hub() -> Hub:
+    return Hub()
+
+
+# Publishing
+
+
+@pytest.mark.parametrize(
+    ("data", "received"),
+    [("text", "text"), (b"\x00", b"\x00"), ({"a": [1, None]}, '{"a":[1,null]}'), (17, "17"), (None, "null")],
+)
+async def test_text_bytes_and_json_reach_every_subscriber(data: object, received: object, hub: Hub) -> None:
+    app = make_app(hub)
+    async with connect(app, "/a") as ann, connect(app, "/a") as bob, connect(app, "/b") as eve:
+        for client in (ann, bob, eve):
+            await subscribed(client)
+        await hub.publish("a", data)
+        await hub.publish("b", "for b")
+        assert await ann.receive() == received
+        assert await bob.receive() == received
+        assert await eve.receive() == "for b"
+
+
+async def test_the_order_of_a_channel_is_the_same_for_all(hub: Hub) -> None:
+    app = make_app(hub)
+    async with connect(app, "/a") as ann, connect(app, "/a") as bob:
+        await subscribed(ann)
+        await subscribed(bob)
+
+        async def talk(client: Client, name: str) -> None:
+            for number in range(20):
+                await client.send(f"{name}{number}")
+
+        async def listen(client: Client) -> list[str | bytes]:
+            return [await client.receive() for _ in range(60)]
+
+        hears = asyncio.gather(listen(ann), listen(bob))
+        await asyncio.gather(talk(ann, "ann"), talk(bob, "bob"), *(hub.publish("a", f"hub{n}") for n in range(20)))
+        by_ann, by_bob = await hears
+    assert by_ann == by_bob
+    assert [word for word in by_ann if str(word).startswith("ann")] == [f"ann{n}" for n in range(20)]
+
+
+async def test_one_connection_can_be_left_out(hub: Hub) -> None:
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.websocket("/{how}")
+    async def talk(conn: Connection, how: str) -> None:
+        await conn.subscribe("a")
+        await conn.send("subscribed")
+        async for text in conn:
+            if how == "self":
+                await conn.publish("a", text, exclude_self=True)
+            elif how == "connection":
+                await hub.publish("a", text, exclude=conn)
+            else:
+                await hub.publish("a", text, exclude=conn.id)
+
+    async with (
+        connect(app, "/self") as one,
+        connect(app, "/connection") as two,
+        connect(app, "/id") as three,
+    ):
+        clients = [one, two, three]
+        for client in clients:
+            await subscribed(client)
+        for client in clients:
+            await client.send(client.path)
+        for client in clients:
+            heard = {await client.receive(), await client.receive()}
+            assert heard == {other.path for other in clients if other is not client}
+
+
+async def test_publishing_works_from_routes_background_tasks_and_threads(hub: Hub) -> None:
+    async def from_route(request: Request) -> JSONResponse:
+        await hub.publish("a", "route")
+        return JSONResponse({}, background=BackgroundTask(hub.publish, "a", "background"))
+
+    def from_threadpool(request: Request) -> JSONResponse:
+        anyio.from_thread.run(hub.publish, "a", "thread")
+        return JSONResponse({})
+
+    app = make_app(hub, [Route("/route/x", from_route), Route("/thread/x", from_threadpool)])
+    async with connect(app, "/a") as client:
+        await subscribed(client)
+        assert (await request(app, "GET", "/route/x")).status_code == 200
+        assert (await request(app, "GET", "/thread/x")).status_code == 200
+        assert [await client.receive() for _ in range(3)] == ["route", "background", "thread"]
+
+
+async def test_the_memory_broker_delivers_before_publish_returns(hub: Hub) -> None:
+    async with hub, hub.subscribe("a") as publications:
+        first = await hub.publish("a", "one")
+        second = await hub.publish("a", {"two": 2})
+        assert first is not None
+        assert (first, second) == (Position(1, first.epoch), Position(2, first.epoch))
+        with anyio.fail_after(0.1):
+            assert await anext(publications) == Publication("a", encode("one"), first)
+            publication = await anext(publications)
+        assert (publication.data, publication.position, publication.channel) == ({"two": 2}, second, "a")
+
+
+async def test_a_subscription_on_the_servers_side_ends_with_the_hub(hub: Hub) -> None:
+    heard: list[object] = []
+    async with hub:
+        subscription = hub.subscribe("a")
+
+        async def listen() -> None:
+            async with subscription as publications:
+                async for publication in publications:
+                    heard.append(publication.data)
+
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)
+        await hub.publish("a", "one")
+        await asyncio.sleep(0)
+    await asyncio.wait_for(listening, 1)
+    assert heard == ["one"]
+
+
+async def test_a_subscription_that_is_not_read_says_so() -> None:
+    hub = Hub(limits=Limits(outbox_size=10))
+    async with hub, hub.subscribe("a") as publications:
+        for _ in range(3):
+            await hub.publish("a", "12345")
+        assert [(await anext(publications)).data for _ in range(2)] == ["12345", "12345"]
+        with pytest.raises(SubscriberTooSlow, match="'a'"):
+            await anext(publications)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "a\nb", "a\x00", "\x7f", 17])
+async def test_a_name_that_no_channel_has_is_refused(name: typing.Any, hub: Hub) -> None:
+    async with hub:
+        with pytest.raises(ValueError, match="channel's name"):
+            await hub.publish(name, "x")
+        with pytest.raises(ValueError, match="channel's name"):
+            hub.subscribe(name)
+
+
+async def test_data_that_cant_be_encoded_is_refused(hub: Hub) -> None:
+    async with hub:
+        with pytest.raises(TypeError, match="object"):
+            await hub.publish("a", object())
+
+
+# Rules
+
+
+async def test_a_rule_decides_who_may_subscribe(hub: Hub) -> None:
+    app = make_app(hub)
+    asked = []
+
+    @hub.channel("rooms:{room}:{part}")
+    async def may(conn: Connection, room: str, part: str) -> bool:
+        asked.append((room, part))
+        return conn.headers.get("x-user") == room
+
+    async with connect(app, "/rooms:ann:1", headers={"x-user": "ann"}) as client:
+        await subscribed(client)
+    async with connect(app, "/rooms:ann:1", headers={"x-user": "eve"}) as client:
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.receive()
+    assert closed.value.code == 1008
+    assert asked == [("ann", "1"), ("ann", "1")]
+    async with connect(app, "/rooms:ann:1:2") as client:
+        await subscribed(client)
+
+
+async def test_a_handler_may_go_on_after_a_refusal(hub: Hub) -> None:
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.channel("closed")
+    async def nobody(conn: Connection) -> bool:
+        return False
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(SubscriptionDenied) as denied:
+            await conn.subscribe("closed")
+        assert denied.value.channel == "closed"
+        await conn.send(sorted(conn.channels))
+
+    async with connect(app, "/") as client:
+        assert await client.receive_json() == []
+
+
+async def test_a_connection_that_ends_while_its_rule_is_asked_is_not_subscribed(hub: Hub) -> None:
+    app = make_app(hub)
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    @hub.channel("a")
+    async def slowly(conn: Connection) -> bool:
+        asked.set()
+        await answer.wait()
+        return True
+
+    async with hub:
+        async with connect(app, "/a") as client:
+            await asked.wait()
+            await client.close()
+        # The handler received nothing yet, so it was cancelled in the midst of its rule.
+        assert not hub.context.pubsub._channels
+
+
+async def test_a_subscription_that_is_left_while_it_is_made_is_taken_back() -> None:
+    entered, go = asyncio.Event(), asyncio.Event()
+
+    class SlowBroker(MemoryBroker):
+        async def subscribe(self, channel: str) -> None:
+            entered.set()
+            await go.wait()
+            await super().subscribe(channel)
+
+    hub = Hub(SlowBroker())
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+    done = asyncio.Event()
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        subscribing = asyncio.create_task(conn.subscribe("a"))
+        await entered.wait()
+        await conn.unsubscribe("a")
+        go.set()
+        await subscribing
+        assert not conn.channels
+        done.set()
+
+    async with hub:
+        async with connect(app, "/") as client:
+            await done.wait()
+            assert not hub.context.pubsub._channels
+            with pytest.raises(ConnectionClosed):
+                await client.receive()
+
+
+async def test_a_broker_that_fails_leaves_nothing_behind() -> None:
+    class BrokenBroker(MemoryBroker):
+        async def subscribe(self, channel: str) -> None:
+            raise OSError("no broker")
+
+    hub = Hub(BrokenBroker())
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(OSError, match="no broker"):
+            await conn.subscribe("a")
+        await conn.send(sorted(conn.channels))
+
+    async with connect(app, "/") as client:
+        assert await client.receive_json() == []
+        assert not hub.context.pubsub._channels
+
+
+async def test_a_subscription_after_the_handlers_end_is_refused(hub: Hub) -> None:
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+    kept: list[Connection] = []
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        kept.append(conn)
+
+    async with connect(app, "/") as client:
+        with pytest.raises(ConnectionClosed):
+            await client.receive()
+        with pytest.raises(ConnectionClosed):
+            await kept[0].subscribe("a")
+
+
+# Mistakes of the developer
+
+
+def test_a_rule_must_take_what_its_pattern_names(hub: Hub) -> None:
+    with pytest.raises(TypeError, match="room"):
+
+        @hub.channel("rooms:{room}")
+        async def rule(conn: Connection, name: str) -> bool:
+            return True
+
+
+def test_a_rule_must_be_async(hub: Hub) -> None:
+    with pytest.raises(TypeError, match="async def"):
+
+        @hub.channel("a")
+        def rule(conn: Connection) -> bool:  # type: ignore[type-var]
+            return True
+
+
+@pytest.mark.parametrize("pattern", ["", "a:{b", "a}", "{a}:{a}", "{1}", "{}", "a\n", "x" * 256])
+def test_a_pattern_that_cant_match_is_refused(pattern: str, hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        hub.channel(pattern)
+
+
+def test_a_pattern_can_have_one_rule(hub: Hub) -> None:
+    hub.channel("a:{b}")
+    with pytest.raises(ValueError, match="already"):
+        hub.channel("a:{b}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"broker": "nothing://"},
+        {"broker": "memory://somewhere"},
+        {"broker": "memory"},
+        {"overflow": "explode"},
+        {"allowed_origins": ["example.com"]},
+        {"allowed_origins": "https://example.com"},
+    ],
+)
+def test_an_argument_that_cant_work_is_refused(arguments: dict[str, typing.Any]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Hub(**arguments)
+
+
+def test_a_hook_must_be_async(hub: Hub) -> None:
+    with pytest.raises(TypeError, match="async def"):
+        hub.on_connect(lambda conn: None)  # type: ignore[arg-type,return-value]
+
+
+async def test_a_hub_that_isnt_running_says_so(hub: Hub) -> None:
+    with pytest.raises(HubNotRunning, match="WebSocketMiddleware"):
+        await hub.publish("a", "x")
+    with pytest.raises(HubNotRunning):
+        hub.subscribe("a")
+    assert not hub.running
+
+
+# Start and stop
+
+
+async def test_a_hub_runs_while_somebody_uses_it(hub: Hub) -> None:
+    async with hub:
+        async with hub:
+            assert hub.running
+        assert hub.running
+    assert not hub.running
+    async with hub:
+        assert await hub.publish("a", "again") is not None
+
+
+async def test_those_who_come_while_it_starts_wait() -> None:
+    starting, go = asyncio.Event(), asyncio.Event()
+
+    class SlowBroker(MemoryBroker):
+        async def start(self, *arguments: typing.Any) -> None:
+            starting.set()
+            await go.wait()
+            await super().start(*arguments)
+
+    hub = Hub(SlowBroker())
+
+    async def use() -> bool:
+        async with hub:
+            return hub.running
+
+    users = [asyncio.create_task(use()) for _ in range(3)]
+    await starting.wait()
+    go.set()
+    assert await asyncio.gather(*users) == [True, True, True]
+    assert not hub.running
+
+
+async def test_a_hub_of_another_running_loop_is_not_used(hub: Hub) -> None:
+    async with hub:
+
+        def elsewhere() -> None:
+            async def use() -> None:
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    await hub.publish("a", "x")
+                with pytest.raises(RuntimeError, match="another event loop"):
+                    await hub.__aenter__()
+
+            asyncio.run(use())
+
+        await anyio.to_thread.run_sync(elsewhere)
+
+
+def test_a_hub_starts_anew_on_another_loop_when_its_own_is_closed(hub: Hub) -> None:
+    async def begin() -> None:
+        await hub.__aenter__()
+
+    async def use() -> None:
+        assert not hub.running
+        async with hub:
+            assert await hub.publish("a", "x") is not None
+
+    thread = threading.Thread(target=lambda: asyncio.run(begin()))
+    thread.start()
+    thread.join()
+    asyncio.run(use())
+
+
+async def test_a_client_that_is_connected_when_the_hub_stops_is_cut(hub: Hub) -> None:
+    app = make_app(hub)
+    async with connect(app, "/a", lifespan=False) as client:
+        await subscribed(client)
+        await hub.__aexit__()
+        await client.close()
