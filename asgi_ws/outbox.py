@@ -93,10 +93,12 @@ class Outbox:
         if discard:
             while self._frames:
                 self._leave(self._frames.popleft(), sent=False)
+        # For `push`, which looks here first: no publication may follow one that was kept out.
+        self._behind = True
 
     async def flush(self) -> None:
         """Wait until the link has taken everything, or it was discarded."""
-        if self._frames:
+        while self._frames:  # once more where a handler took its own message back meanwhile
             last = self._frames[-1]
             if last.sent is None:
                 last.sent = asyncio.get_running_loop().create_future()
@@ -122,11 +124,12 @@ class Outbox:
         self._append(waiting)
 
     def _flush(self) -> None:
-        self._behind = False
-        while self._frames and not self._behind:
+        behind = False
+        while self._frames and not behind:
             waiting = self._frames.popleft()
-            self._behind = not self._link.write(waiting.frame)
+            behind = not self._link.write(waiting.frame)
             self._leave(waiting, sent=True)
+        self._behind = behind or self._ended is not None
 
     def _append(self, waiting: _Waiting) -> None:
         self._frames.append(waiting)

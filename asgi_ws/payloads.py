@@ -32,9 +32,12 @@ class Payload:
 
 
 def encode(data: Any) -> Payload:
-    """`str` is text, `bytes` are binary, anything else becomes JSON. Raises `TypeError` for what JSON can't say."""
+    """`str` is text, `bytes` are binary, anything else becomes JSON. Raises `TypeError` for what can't be said so."""
     if isinstance(data, str):
-        return Payload("text", data)
+        text = str.__str__(data)  # of a subclass, what JSON and servers can be given
+        if not text.isascii():
+            _check_utf8(text)
+        return Payload("text", text)
     if isinstance(data, bytes | bytearray | memoryview):
         return Payload("binary", bytes(data))
     return Payload("json", to_json(data))
@@ -43,9 +46,19 @@ def encode(data: Any) -> Payload:
 def to_json(data: Any) -> str:
     """JSON text of plain values, msgspec structs, dataclasses, `TypedDict`s and pydantic models, in any depth.
 
-    Raises `TypeError` or another of msgspec's errors for what JSON can't say.
+    Raises `TypeError` for what JSON can't say.
     """
-    return msgspec.json.encode(data, enc_hook=_encode_other).decode()
+    try:
+        return msgspec.json.encode(data, enc_hook=_encode_other).decode()
+    except (ValueError, RecursionError) as error:  # lone surrogates, giant numbers; cycles
+        raise TypeError(f"{type(data).__name__} can't be written as JSON: {error}") from error
+
+
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TypeError(f"this text can't be sent: {error}") from error
 
 
 def _encode_other(value: Any) -> Any:
@@ -66,6 +79,8 @@ def json_decoder(type_: Any) -> Decoder:
     `type_` is whatever msgspec or pydantic can validate, or a union of such records told apart by a tag: a field with
     a different `Literal` in each. Raises `TypeError` for a type that can't be read from JSON.
     """
+    while hasattr(type_, "__value__"):  # `type Message = Join | Move`
+        type_ = type_.__value__
     records = _untagged_records(type_)
     if len(records) > 1:
         tag_field, members = _tagged(records)
@@ -106,13 +121,16 @@ def _msgspec_decoder(type_: Any) -> Decoder:
 def _field_first(message: str) -> str:
     """msgspec names the place last; a close reason is cut at its end, so the place goes first."""
     what, found, where = message.partition(" - at `")
-    return f"{where.removesuffix('`')}: {what}" if found else what
+    return f"{where.replace('`', '')}: {what}" if found else what
 
 
 def _pydantic_decoder(type_: Any) -> Decoder:
     import pydantic
 
-    validate = pydantic.TypeAdapter(type_).validate_json
+    try:
+        validate = pydantic.TypeAdapter(type_).validate_json
+    except pydantic.PydanticUserError as error:
+        raise TypeError(str(error)) from error
 
     def read(payload: str | bytes) -> Any:
         try:
@@ -181,7 +199,8 @@ def _wire_name(record: Any, name: str) -> str:
     if _is_struct(record):
         return record.__struct_encode_fields__[record.__struct_fields__.index(name)]  # type: ignore[no-any-return]
     if _is_pydantic(record) and name in record.__pydantic_fields__:
-        return record.__pydantic_fields__[name].alias or name
+        alias = record.__pydantic_fields__[name].validation_alias
+        return alias if isinstance(alias, str) else name
     return name
 
 
@@ -220,7 +239,7 @@ def _parts(type_: Any, seen: set[int]) -> Iterator[Any]:
         return
     seen.add(id(type_))
     yield type_
-    parts: list[Any] = [*typing.get_args(type_), *getattr(type_, "__metadata__", ())]
+    parts: list[Any] = [*typing.get_args(type_), *getattr(type_, "__metadata__", ()), getattr(type_, "__value__", None)]
     if isinstance(type_, type) and (dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)):
         parts += typing.get_type_hints(type_, include_extras=True).values()
     for part in parts:

@@ -78,7 +78,10 @@ class PubSub:
     async def unsubscribe(self, channels: Iterable[str], subscriber: Subscriber) -> None:
         """Nothing of these channels is pushed to the subscriber any more, from this call on, not from its return."""
         for channel in [channel for channel in channels if self._remove(channel, subscriber)]:
-            entry = self._channels[channel]
+            entry = self._channels.get(channel)
+            if entry is None:
+                # While the broker was busy with another channel, this one was released for somebody else, or all were.
+                continue
             entry.users += 1
             try:
                 async with entry.lock:
@@ -157,6 +160,8 @@ class Subscription:
                 raise SubscriberTooSlow(self.channel)
             if self._ended:
                 raise StopAsyncIteration
+            if self._reader is not None and not self._reader.done():
+                raise RuntimeError("another task reads this subscription already; give each task one of its own")
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         publication = self._waiting.popleft()
@@ -164,8 +169,13 @@ class Subscription:
         return publication
 
     async def __aenter__(self) -> "Subscription":
-        await self._pubsub.subscribe(self.channel, self)
+        # First, so that a hub that stops meanwhile ends it, too.
         self._pubsub.subscriptions.add(self)
+        try:
+            await self._pubsub.subscribe(self.channel, self)
+        except BaseException:
+            self._pubsub.subscriptions.discard(self)
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -90,15 +90,13 @@ class Refused(AsgiWsError):
 class Client:
     """The client's end of a connection. What it doesn't receive waits, and soon the application with it."""
 
-    def __init__(self, path: str, to_app: "_Sending", from_app: "_Receiving", timeout: float) -> None:
-        self.path = path
+    def __init__(self, running: "_Running") -> None:
+        self.path = running.path
         self.subprotocol: str | None = None
         """What the server chose."""
         self.headers = Headers()
         """Those of the response to the handshake."""
-        self._to_app = to_app
-        self._from_app = from_app
-        self._timeout = timeout
+        self._running = running
         self._closed: ConnectionClosed | None = None
 
     async def send(self, data: Any) -> None:
@@ -110,19 +108,16 @@ class Client:
             raise self._closed.again()
         payload = encode(data)
         key = "bytes" if payload.kind == "binary" else "text"
-        with _limit(self._timeout, f"{self.path} to read what was sent"):
-            try:
-                await self._to_app.send({"type": "websocket.receive", key: payload.data})
-            except anyio.BrokenResourceError:
-                # The application has ended the connection, or itself; what it said last is still to be received.
-                while True:
-                    await self.receive()
+        if not await self._running.send({"type": "websocket.receive", key: payload.data}):
+            # The application has ended; what it said last is still to be received.
+            while True:
+                await self.receive()
 
     async def receive(self) -> str | bytes:
         """The next message. Raises `ConnectionClosed` when the server closes, and `TimeoutError` when nothing comes."""
         if self._closed is not None:
             raise self._closed.again()
-        message = await _next(self._from_app, self._timeout, f"a message from {self.path}")
+        message = await self._running.next(f"a message from {self.path}")
         if message is None:
             # The application has returned without a word.
             self._closed = ConnectionClosed(1006, clean=False)
@@ -158,11 +153,9 @@ class Client:
     async def _leave(self, message: Message) -> None:
         if self._closed is None:
             self._closed = ConnectionClosed(message["code"], message.get("reason", ""), message["code"] != 1006)
-        self._from_app.close()
-        gone = contextlib.suppress(anyio.BrokenResourceError, anyio.ClosedResourceError)
-        with gone, _limit(self._timeout, f"{self.path} to read what was sent"):
-            await self._to_app.send(message)
-        self._to_app.close()
+        self._running.from_app.close()
+        await self._running.send(message)
+        self._running.to_app.close()
 
 
 @contextlib.asynccontextmanager
@@ -190,11 +183,11 @@ async def connect(
     async with _application(app, lifespan) as state:
         scope = _scope("websocket", path, [*own, *_pairs(headers)], state)
         scope.update(subprotocols=subprotocols, extensions={"websocket.http.response": {}})
-        async with _run(app, scope, timeout, [{"type": "websocket.connect"}]) as (to_app, from_app):
-            client = Client(path, to_app, from_app, timeout)
-            message = await _next(from_app, timeout, f"{path} to answer the handshake")
+        async with _run(app, scope, path, timeout, [{"type": "websocket.connect"}]) as running:
+            client = Client(running)
+            message = await running.next(f"{path} to answer the handshake")
             if message is None or message["type"] != "websocket.accept":
-                raise Refused(await _refusal(message, from_app, timeout, path))
+                raise Refused(await _refusal(message, running))
             client.subprotocol = message.get("subprotocol")
             client.headers = Headers(raw=list(message.get("headers", [])))
             try:
@@ -229,17 +222,17 @@ async def stream(
         scope = _scope("http", path, [*own, *_pairs(headers)], state)
         scope["method"] = method.upper()
         request = {"type": "http.request", "body": body, "more_body": False}
-        async with _run(app, scope, timeout, [request]) as (to_app, from_app):
-            start = await _next(from_app, timeout, f"an answer from {path}")
+        async with _run(app, scope, path, timeout, [request]) as running:
+            start = await running.next(f"an answer from {path}")
             if start is None:
                 raise AssertionError(f"{path} ended without an answer")
-            body_chunks = _body(from_app, timeout, path)
+            body_chunks = _body(running)
             try:
                 yield Response(start["status"], Headers(raw=list(start.get("headers", []))), body_chunks)
             finally:
                 await body_chunks.aclose()
-                from_app.close()
-                to_app.close()
+                running.from_app.close()
+                running.to_app.close()
 
 
 async def request(
@@ -259,10 +252,6 @@ async def request(
     ) as response:
         await response.aread()
         return response
-
-
-_Sending = MemoryObjectSendStream[Message]
-_Receiving = MemoryObjectReceiveStream[Message]
 
 
 def _scope(kind: str, path: str, headers: list[tuple[str, str]], state: dict[str, Any]) -> Scope:
@@ -289,18 +278,63 @@ def _pairs(headers: RequestHeaders | None) -> list[tuple[str, str]]:
     return list(headers.items() if isinstance(headers, Mapping) else headers or ())
 
 
+class _Running:
+    """An application that serves one request, and the two streams to talk with it."""
+
+    def __init__(
+        self,
+        task: "asyncio.Task[None]",
+        to_app: MemoryObjectSendStream[Message],
+        from_app: MemoryObjectReceiveStream[Message],
+        path: str,
+        timeout: float,
+    ) -> None:
+        self.task = task
+        self.to_app = to_app
+        self.from_app = from_app
+        self.path = path
+        self.timeout = timeout
+
+    async def next(self, what: str) -> Message | None:
+        """The application's next message; `None` when it has returned. What it raised is raised here."""
+        with self._limit(what):
+            try:
+                return await self.from_app.receive()
+            except anyio.EndOfStream:
+                await asyncio.wait([self.task])
+        self.task.result()
+        return None
+
+    async def send(self, message: Message) -> bool:
+        """Whether the application is still there to take it."""
+        with self._limit(f"{self.path} to read what was sent"):
+            try:
+                await self.to_app.send(message)
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def _limit(self, what: str) -> Iterator[None]:
+        try:
+            with anyio.fail_after(self.timeout):
+                yield
+        except TimeoutError:
+            raise TimeoutError(f"waited {self.timeout} s for {what}") from None
+
+
 @contextlib.asynccontextmanager
 async def _run(
-    app: ASGIApp, scope: Scope, timeout: float, first: list[Message]
-) -> AsyncIterator[tuple[_Sending, _Receiving]]:
-    """The application in a task of its own, and the two streams to talk with it."""
+    app: ASGIApp, scope: Scope, path: str, timeout: float, unheard: list[Message]
+) -> AsyncIterator[_Running]:
+    """Run the application in a task of its own, and wait for its end."""
     to_app, app_receives = anyio.create_memory_object_stream[Message](_BUFFER)
     app_sends, from_app = anyio.create_memory_object_stream[Message](_BUFFER)
     gone = "websocket.disconnect" if scope["type"] == "websocket" else "http.disconnect"
 
     async def receive() -> Message:
-        if first:
-            return first.pop(0)
+        if unheard:
+            return unheard.pop()
         try:
             return await app_receives.receive()
         except anyio.EndOfStream:
@@ -316,65 +350,43 @@ async def _run(
         with app_receives, app_sends:
             await app(scope, receive, send)
 
-    task = asyncio.create_task(run(), name=f"application {scope['path']}")
-    failed = True
+    task = asyncio.create_task(run(), name=f"application {path}")
+    left_well = False
     try:
         with to_app, from_app:
-            yield to_app, from_app
-        failed = False
+            yield _Running(task, to_app, from_app, path, timeout)
+        left_well = True
     finally:
         await asyncio.wait([task], timeout=timeout)
         hung = not task.done()
         task.cancel()
         await asyncio.wait([task])
         error = None if task.cancelled() else task.exception()
-        app_receives.close()
-        app_sends.close()
         # An error of the test's own is what its author wants to see; without one, the application's.
-        if not failed and error is not None:
+        if left_well and error is not None:
             raise error
-        if not failed and hung:
-            raise TimeoutError(f"{scope['path']} did not end within {timeout} s after its client left")
+        if left_well and hung:
+            raise TimeoutError(f"{path} did not end within {timeout} s after its client left")
 
 
-@contextlib.contextmanager
-def _limit(timeout: float, what: str) -> Iterator[None]:
-    try:
-        with anyio.fail_after(timeout):
-            yield
-    except TimeoutError:
-        raise TimeoutError(f"waited {timeout} s for {what}") from None
-
-
-async def _next(from_app: _Receiving, timeout: float, what: str) -> Message | None:
-    """The next message of the application's; `None` when it has returned."""
-    with _limit(timeout, what):
-        try:
-            return await from_app.receive()
-        except anyio.EndOfStream:
-            return None
-
-
-async def _body(from_app: _Receiving, timeout: float, path: str) -> AsyncGenerator[bytes, None]:
+async def _body(running: _Running) -> AsyncGenerator[bytes, None]:
     more = True
     while more:
-        message = await _next(from_app, timeout, f"more of the response of {path}")
+        message = await running.next(f"more of the response of {running.path}")
         if message is None:
-            raise AssertionError(f"{path} ended in the middle of its response")
+            raise AssertionError(f"{running.path} ended in the middle of its response")
         more = message.get("more_body", False)
         if message.get("body"):
             yield message["body"]
 
 
-async def _refusal(message: Message | None, from_app: _Receiving, timeout: float, path: str) -> Response:
+async def _refusal(message: Message | None, running: _Running) -> Response:
     if message is None:
-        status, headers, body = 500, Headers(), _nothing()
+        response = Response(500, Headers(), _nothing())
     elif message["type"] == "websocket.http.response.start":
-        status, headers = message["status"], Headers(raw=list(message.get("headers", [])))
-        body = _body(from_app, timeout, path)
+        response = Response(message["status"], Headers(raw=list(message.get("headers", []))), _body(running))
     else:
-        status, headers, body = 403, Headers(), _nothing()
-    response = Response(status, headers, body)
+        response = Response(403, Headers(), _nothing())
     await response.aread()
     return response
 

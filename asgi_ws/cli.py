@@ -1,0 +1,360 @@
+"""The command `asgi-ws`. Each of its commands is one function, and one block of `_parser`."""
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import errno
+import importlib
+import importlib.metadata
+import io
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import typing
+import unicodedata
+import urllib.parse
+from collections.abc import Sequence
+from typing import Any, NoReturn, TextIO
+
+if typing.TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
+    from websockets.http11 import Response
+
+__all__ = ["main"]
+
+_QUIET = 1.0
+"""How many seconds a server has said nothing when `connect`, whose input has ended, doesn't wait for it any more."""
+_CLOSE_TIMEOUT = 5.0
+"""How many seconds a server has to answer a close frame."""
+_LARGEST_MESSAGE = 64 * 1024 * 1024
+_SHOWN_BYTES = 64
+"""How much of a binary message is shown."""
+_SHOWN_BODY = 500
+"""How many characters are shown of the response that refuses a handshake."""
+
+_SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
+"""RFC 9110 section 5.6.2."""
+
+# What moves the cursor, ends a line, or makes a line read in another order than it was sent.
+_UNPRINTABLE = [
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x061C,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+]
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in _UNPRINTABLE}
+
+
+class CommandFailed(Exception):
+    """A command can't do what it was asked for; its words are all that the user sees."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, and return the process's exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.error("a command is needed")
+    try:
+        code: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except CommandFailed as failed:
+        print(f"asgi-ws: {_escape(str(failed))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does. Python flushes once more at its exit, and must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="asgi-ws", description="The realtime layer for ASGI applications.", allow_abbrev=False)
+    parser.set_defaults(command=None)
+    parser.add_argument(
+        "--version", action="store_const", dest="command", const=version, help="show the version and exit"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    block = commands.add_parser(
+        "demo", help="start the demo application", description="Start the demo application: a chat and a live chart."
+    )
+    block.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    block.add_argument("--port", type=_port, default=8000, help="0 is any free one (default: %(default)s)")
+    block.set_defaults(command=demo)
+
+    block = commands.add_parser(
+        "connect",
+        help="talk to a WebSocket server",
+        description="Send the lines that you type, or those of a pipe, to a WebSocket server, and show what it sends. "
+        f"Ctrl-C or the end of the input closes the connection; behind a pipe, when nothing came for {_QUIET:g} s.",
+        epilog="The exit code is 0 when the connection ends with code 1000, 1001 or 1005.",
+    )
+    block.add_argument("url", metavar="URL", type=_url, help="ws://, wss://, http:// or https://")
+    block.add_argument(
+        "--subprotocol", metavar="NAME", type=_subprotocol, action="append", help="offer one; may be repeated"
+    )
+    block.add_argument(
+        "--header", metavar="'NAME: VALUE'", type=_header, action="append", help="add one; may be repeated"
+    )
+    block.add_argument("--origin", metavar="URL", type=_header_value, help="be a page of this origin")
+    block.set_defaults(command=connect)
+
+    return parser
+
+
+# Commands
+
+
+def version(arguments: argparse.Namespace) -> int:
+    """Print the installed version."""
+    print(f"asgi-ws {importlib.metadata.version('asgi-ws-hub')}")
+    return 0
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Serve the demo application until it is interrupted."""
+    uvicorn = _standard("uvicorn")
+    _standard("websockets")
+    # Ours, not uvicorn's: it would log a whole startup before it says that the port is taken.
+    with _listen(arguments.host, arguments.port) as listening:
+        host, port = listening.getsockname()[:2]
+        print(f"The demo is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops it)", flush=True)
+        config = uvicorn.Config("asgi_ws.demo:app", log_level="warning", timeout_graceful_shutdown=5)
+        # That it was interrupted is how it ends.
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def connect(arguments: argparse.Namespace) -> int:
+    """Send lines and show messages until either side closes."""
+    _standard("websockets")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A server may send what this terminal has no character for.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return asyncio.run(_connect(arguments))
+
+
+# Arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_escape(message)} (see {self.prog} --help)\n")
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a port; give a number from 0 to 65535")
+    return int(text)
+
+
+def _url(text: str) -> str:
+    try:
+        url = urllib.parse.urlsplit(text)
+        right = url.scheme in _SCHEMES and url.hostname and url.port != 0 and not re.search(r"[\s\0-\x1f\x7f#]", text)
+    except ValueError:
+        right = False
+    if not right:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a URL like ws://localhost:8000/chat/lobby")
+    return url._replace(scheme=_SCHEMES[url.scheme]).geturl()
+
+
+def _subprotocol(text: str) -> str:
+    if not _TOKEN.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a subprotocol")
+    return text
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, found, value = text.partition(":")
+    if not found or not _TOKEN.fullmatch(name):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a header like 'Name: value'")
+    return name, _header_value(value.strip())
+
+
+def _header_value(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} can't be the value of a header")
+    return text
+
+
+# demo
+
+
+def _standard(name: str) -> Any:
+    """A module that comes with the extra `standard`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CommandFailed(f'this needs {name}: pip install "asgi-ws-hub[standard]"') from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        why = "the port is taken; choose another one with --port" if _is(error, errno.EADDRINUSE) else _words(error)
+        raise CommandFailed(f"can't listen on {host}:{port}: {why}") from error
+
+
+def _is(error: Exception, code: int) -> bool:
+    """Whether this is why; asyncio has only text of several attempts that failed."""
+    return getattr(error, "errno", None) == code or f"[Errno {code}]" in str(error)
+
+
+def _words(error: Exception) -> str:
+    """An operating system's error without its number."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# connect
+
+
+async def _connect(arguments: argparse.Namespace) -> int:
+    from websockets.exceptions import ConnectionClosed
+
+    websocket = await _handshake(arguments)
+    screen = _Screen(sys.stdin, sys.stdout)
+    screen.show("*", "connected" + (f", subprotocol {websocket.subprotocol}" if websocket.subprotocol else ""))
+    heard = asyncio.Event()
+
+    async def receive() -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                screen.show("<", _shown(await websocket.recv()))
+                heard.set()
+
+    async def send() -> None:
+        with contextlib.suppress(ConnectionClosed, TimeoutError):
+            while (line := await screen.read()) is not None:
+                await websocket.send(line)
+                screen.show(">", line)
+            while not screen.interactive:
+                # The answers to what came out of the pipe are on their way.
+                heard.clear()
+                await asyncio.wait_for(heard.wait(), _QUIET)
+
+    receiving, sending = asyncio.create_task(receive()), asyncio.create_task(send())
+    with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C: as good a way to leave as any
+        await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
+    sending.cancel()
+    await websocket.close()
+    # `receive` ends behind the last message.
+    await asyncio.wait([receiving, sending])
+    for task in (receiving, sending):
+        if not task.cancelled():
+            task.result()
+    code = websocket.close_code
+    screen.show("*", f"closed: {_close(code, websocket.close_reason)}")
+    return 0 if code in (1000, 1001, 1005) else 1
+
+
+async def _handshake(arguments: argparse.Namespace) -> "ClientConnection":
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import InvalidStatus, WebSocketException
+
+    try:
+        return await connect(
+            arguments.url,
+            origin=arguments.origin,
+            subprotocols=arguments.subprotocol,
+            additional_headers=arguments.header,
+            close_timeout=_CLOSE_TIMEOUT,
+            max_size=_LARGEST_MESSAGE,
+        )
+    except InvalidStatus as error:
+        raise CommandFailed(_refusal(error.response)) from error
+    except (OSError, ValueError, WebSocketException) as error:
+        why = "connection refused: nothing listens there" if _is(error, errno.ECONNREFUSED) else _words(error)
+        raise CommandFailed(f"can't connect to {arguments.url}: {why}") from error
+
+
+def _refusal(response: "Response") -> str:
+    body = " ".join(bytes(response.body or b"").decode(errors="replace").split())
+    if len(body) > _SHOWN_BODY:
+        body = body[:_SHOWN_BODY] + "…"
+    return f"refused with {response.status_code} {response.reason_phrase}" + (f": {body}" if body else "")
+
+
+def _close(code: int | None, reason: str | None) -> str:
+    from websockets.frames import Close
+
+    if code is None or code == 1006:
+        return "1006 (the connection was lost)"
+    return str(Close(code, reason or ""))
+
+
+def _shown(message: str | bytes) -> str:
+    if isinstance(message, str):
+        return message
+    cut = "…" if len(message) > _SHOWN_BYTES else ""
+    return f"({len(message)} bytes) {message[:_SHOWN_BYTES].hex(' ')}{cut}"
+
+
+def _escape(text: str) -> str:
+    """On a terminal, the text does nothing but stand there."""
+    return text.translate(_ESCAPES)
+
+
+class _Screen:
+    """Lines of input and lines of output, which on a terminal are the same screen."""
+
+    def __init__(self, source: TextIO | None, target: TextIO) -> None:
+        self.interactive = source is not None and source.isatty()
+        self._target = target
+        # A reader of our own: Python would lock the one of `sys.stdin` at its exit, while a thread still waits in it.
+        self._source: TextIO = io.StringIO()
+        if source is not None:
+            self._source = os.fdopen(source.fileno(), encoding=source.encoding, errors="replace", closefd=False)
+        self._shared = self.interactive and target.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    def show(self, direction: str, text: str) -> None:
+        """Print a line, with the time."""
+        line = f"{datetime.datetime.now():%H:%M:%S.%f}"[:-3] + f" {direction} {_escape(text)}"
+        if self._shared:
+            # Keep the cursor where somebody may be typing; make room above that, print there, and come back.
+            rows = -(-_width(line) // shutil.get_terminal_size().columns)
+            line = "\x1b7" + "\n" * rows + f"\x1b[{rows}A\x1b[{rows}L\r{line}\n\x1b8\x1b[{rows}B"
+        self._target.write(line if self._shared else line + "\n")
+        self._target.flush()
+
+    async def read(self) -> str | None:
+        """The next line that is typed or comes out of the pipe; `None` behind the last."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str] = loop.create_future()
+
+        def give(line: str) -> None:
+            if not answer.done():
+                answer.set_result(line)
+
+        def read() -> None:
+            line = ""
+            with contextlib.suppress(OSError):  # the terminal is gone
+                line = self._source.readline()
+            with contextlib.suppress(RuntimeError):  # nobody waits any more: the loop is closed
+                loop.call_soon_threadsafe(give, line)
+
+        # A read can't be given up. A thread that is left behind in one must not keep the process from ending.
+        threading.Thread(target=read, daemon=True).start()
+        line = await answer
+        return line.rstrip("\r\n") if line else None
+
+
+def _width(line: str) -> int:
+    """How many columns a terminal needs."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
