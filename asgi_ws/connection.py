@@ -1,37 +1,30 @@
 """One client: what it sends, what it is sent, which channels it listens to, and how all that ends."""
 
 import asyncio
-import dataclasses
-import ipaddress
 import logging
-import random
 import secrets
-import time
-from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, cast
 
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Scope
 from typing_extensions import TypeVar
 
-from asgi_ws._types import Handler, Overflow
-from asgi_ws.channels import Rules, check_name
-from asgi_ws.exceptions import ConnectionClosed, HubNotRunning, InvalidMessage, SubscriptionDenied
+from asgi_ws._types import Handler
+from asgi_ws.channels import check_name
+from asgi_ws.context import STOP_TIME, Context, Exchange
+from asgi_ws.exceptions import ConnectionClosed, InvalidMessage, SubscriptionDenied
 from asgi_ws.frames import Frame
-from asgi_ws.limits import Limits
+from asgi_ws.inbox import Inbox, Rate, size_of
 from asgi_ws.links import Link
 from asgi_ws.messages import Position, Publication
-from asgi_ws.origins import OriginPolicy
 from asgi_ws.outbox import Outbox
-from asgi_ws.payloads import encode
 from asgi_ws.protocols import Protocol
-from asgi_ws.pubsub import PubSub
 from asgi_ws.uvicorn import find_link
 
-__all__ = ["Connection", "Context", "Exchange", "OnConnect", "OnInvalid"]
+__all__ = ["Connection", "OnConnect", "OnInvalid"]
 
 logger = logging.getLogger("asgi_ws")
 
@@ -44,10 +37,6 @@ OnInvalid = Callable[["Connection[Any, Any]", InvalidMessage], Awaitable[None]]
 
 _FINISH = 5.0
 """How many seconds a handler has to finish what it does when its client is gone."""
-_FINISH_AT_STOP = 1.0
-"""The same when the server stops, and for what a client has not taken then."""
-_INBOX_SIZE = 1024 * 1024
-"""How many bytes an inbox holds where messages have no largest size."""
 _REASON_SIZE = 123
 """RFC 6455 section 5.5: a control frame's payload has 125 bytes, two of which are the close code."""
 
@@ -63,9 +52,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     def __init__(
         self,
         scope: Scope,
-        exchange: "Exchange",
+        exchange: Exchange,
         *,
-        context: "Context",
+        context: Context,
         protocol: Protocol[In],
         subprotocols: Iterable[str | None] = (),
         on_invalid: OnInvalid | None = None,
@@ -84,7 +73,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._on_invalid = on_invalid
         self._link: Link | None = None
         self._outbox: Outbox | None = None
-        self._inbox: _Inbox | None = None
+        self._inbox: Inbox | None = None
         self._reader: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._closed: ConnectionClosed | None = None
@@ -116,10 +105,12 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
         `headers` are added to the response. Without `subprotocol` the first of the endpoint's that the client offers
         is chosen. Raises `HTTPException` when the endpoint has some and the client offers none of them,
-        `ConnectionClosed` when the client is gone, and `RuntimeError` when the handshake is finished already.
+        `ConnectionClosed` when the client is gone, `ValueError` for a header with a line break, and `RuntimeError`
+        when the handshake is finished already.
         """
         if self._outbox is not None:
             raise RuntimeError("the connection has been accepted already")
+        raw_headers = _raw_headers(headers or {})
         if subprotocol is None:
             subprotocol = self._choose_subprotocol()
         message = await self._exchange.receive()
@@ -127,9 +118,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             self._closed = _closed_by(message)
             raise self._closed.again()
         try:
-            await self._exchange.send(
-                {"type": "websocket.accept", "subprotocol": subprotocol, "headers": _raw_headers(headers or {})}
-            )
+            await self._exchange.send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": raw_headers})
         except OSError as error:
             self._closed = ConnectionClosed(1006, clean=False)
             raise self._closed.again() from error
@@ -137,7 +126,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         limits = self._context.limits
         self._link = find_link(self._exchange.send)
         self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
-        self._inbox = _Inbox(limits)
+        self._inbox = Inbox(limits)
         self._context.connections.watch(self._link)
         self._reader = asyncio.create_task(self._read(self._inbox), name="asgi_ws reader")
 
@@ -237,7 +226,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     async def publish(self, channel: str, data: Any, *, exclude_self: bool = False) -> Position | None:
         """Publish to a channel, as `hub.publish` does; with `exclude_self` this connection doesn't get it."""
-        return await self._context.publish(channel, data, exclude=self.id if exclude_self else None)
+        return await self._context.publish(channel, data, sender=self.id if exclude_self else None)
 
     # The end
 
@@ -247,7 +236,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         `reason` is cut to 123 bytes. Closing what is closed does nothing. Raises `ValueError` for a code that may not
         be sent (RFC 6455 section 7.4).
         """
-        if not (code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        if not _may_be_sent(code):
             raise ValueError(f"a close frame can't have the code {code}; use 1000, or 4000 to 4999 for your own")
         self._opened(self._outbox)
         await self._close(code, reason)
@@ -314,11 +303,11 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 return 1000, ""
             case ConnectionClosed() if self._closed is not None:
                 return 1000, ""
-            case InvalidMessage():
+            case InvalidMessage() if _may_be_sent(error.close_code):
                 return error.close_code, error.reason
             case SubscriptionDenied():
                 return 1008, str(error)
-            case WebSocketException():
+            case WebSocketException() if _may_be_sent(error.code):
                 return error.code, error.reason
             case HTTPException() if error.status_code < 500:
                 return 1008, error.detail
@@ -363,7 +352,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             return False
         self._closed = closed
         cast(Outbox, self._outbox).end(closed, discard=discard)
-        cast(_Inbox, self._inbox).end(discard=False)
+        cast(Inbox, self._inbox).end(discard=False)
         # A handler that closes its own connection knows what it does; any other may be waiting for something else.
         if self._handler is not None and (discard or self._handler is not asyncio.current_task()):
             self._end_handler(self._handler)
@@ -373,7 +362,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """Let the handler finish what it has received; one that doesn't, or receives nothing at all, is cancelled."""
         if self._handler_receives or handler is asyncio.current_task():
             stopping = self._closed is not None and self._closed.code == 1012
-            delay = _FINISH_AT_STOP if stopping else _FINISH
+            delay = STOP_TIME if stopping else _FINISH
             self._handler_timer = asyncio.get_running_loop().call_later(delay, self._cancel_handler)
         else:
             self._cancel_handler()
@@ -386,18 +375,18 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     def _refuse(self, code: int, reason: str) -> None:
         """Close at once, whatever waits: the client has gone too far."""
         if self._end(ConnectionClosed(code, reason), discard=True):
-            cast(_Inbox, self._inbox).end(discard=True)
+            cast(Inbox, self._inbox).end(discard=True)
             self._closing = cast(Link, self._link).close(code, reason)
 
     def _too_slow(self) -> None:
         logger.info("%r is too slow: more than %d bytes wait", self.scope["path"], self._context.limits.outbox_size)
         self._refuse(1013, "slow consumer")
 
-    async def _read(self, inbox: "_Inbox") -> None:
+    async def _read(self, inbox: Inbox) -> None:
         """Always be in `receive`, whatever the handler does: so pings are answered and the end is seen."""
         limits = self._context.limits
         largest = limits.message_size
-        rate = _Rate(limits.messages_per_second, limits.burst) if limits.messages_per_second else None
+        rate = Rate(limits.messages_per_second, limits.burst) if limits.messages_per_second else None
         try:
             while True:
                 message = await self._exchange.receive()
@@ -408,7 +397,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                     return
                 text = message.get("text")
                 payload: str | bytes = bytes(message["bytes"]) if text is None else text
-                size = _size(payload)
+                size = size_of(payload)
                 if largest is not None and size > largest:
                     self._refuse(1009, f"a message can have {largest} bytes, not {size}")
                     return
@@ -438,300 +427,6 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         return part
 
 
-class _Inbox:
-    """What the client has sent and the handler has not received yet, bounded in messages and in bytes."""
-
-    __slots__ = ("_largest", "_most", "_reader", "_receiver", "_size", "messages")
-
-    def __init__(self, limits: Limits) -> None:
-        self.messages: deque[str | bytes] = deque()
-        self._size = 0
-        self._most = limits.inbox_messages
-        self._largest = limits.message_size or _INBOX_SIZE
-        self._receiver: asyncio.Future[None] | None = None
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, payload: str | bytes, size: int) -> None:
-        self.messages.append(payload)
-        self._size += size
-        if self._receiver is not None and not self._receiver.done():
-            self._receiver.set_result(None)
-
-    def take(self) -> str | bytes:
-        payload = self.messages.popleft()
-        self._size -= _size(payload)
-        if self._reader is not None and not self.full:
-            self.wake_reader()
-        return payload
-
-    @property
-    def full(self) -> bool:
-        return len(self.messages) >= self._most or self._size >= self._largest
-
-    def new_receiver(self) -> asyncio.Future[None]:
-        """What is done when there is a message, or the end."""
-        if self._receiver is not None and not self._receiver.done():
-            raise RuntimeError("another task is receiving from this connection already")
-        self._receiver = asyncio.get_running_loop().create_future()
-        return self._receiver
-
-    def new_room(self) -> asyncio.Future[None]:
-        """What is done when there is room again."""
-        self._reader = asyncio.get_running_loop().create_future()
-        return self._reader
-
-    def wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    def end(self, *, discard: bool) -> None:
-        """Nothing more will come."""
-        if discard:
-            self.messages.clear()
-            self._size = 0
-        if self._receiver is not None and not self._receiver.done():
-            self._receiver.set_result(None)
-        self.wake_reader()
-
-
-class _Rate:
-    """A token bucket, kept as the time at which it will be full again."""
-
-    __slots__ = ("_burst_time", "_full_at", "_interval", "per_second")
-
-    def __init__(self, per_second: float, burst: int) -> None:
-        self.per_second = per_second
-        self._interval = 1 / per_second
-        self._burst_time = burst / per_second
-        self._full_at = 0.0
-
-    def allows(self) -> bool:
-        now = time.monotonic()
-        self._full_at = max(self._full_at, now) + self._interval
-        return self._full_at - now <= self._burst_time
-
-
-class _Watched:
-    """What is known of a link from one look to the next."""
-
-    __slots__ = ("leaving", "looks", "taken")
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.looks = 0
-        self.leaving = False
-
-
-class Connections:
-    """All connections of this process: counted, and aborted when they take nothing of what waits for them.
-
-    No call of ASGI ends a client that doesn't read, and a server's own `close` waits until it does; so all links are
-    looked at a few times within the write timeout, also those whose connection has been left.
-    """
-
-    _LOOKS = 8
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._count = 0
-        self._addresses: Counter[str] = Counter()
-        self._links: dict[Link, _Watched] = {}
-        self._timer: asyncio.TimerHandle | None = None
-
-    def enter(self, client: Any) -> str:
-        """Count a connection of the client's address; what is returned is for `exit`.
-
-        Raises `HTTPException` with status 503 when there are too many.
-        """
-        address = _network(client)
-        most, most_of_address = self._limits.connections, self._limits.connections_per_address
-        if most is not None and self._count >= most:
-            raise _busy("too many connections")
-        if most_of_address is not None and self._addresses[address] >= most_of_address:
-            raise _busy("too many connections from this address")
-        self._count += 1
-        self._addresses[address] += 1
-        return address
-
-    def exit(self, address: str) -> None:
-        """The end of what `enter` has counted."""
-        self._count -= 1
-        self._addresses[address] -= 1
-        if not self._addresses[address]:
-            del self._addresses[address]
-
-    def watch(self, link: Link) -> None:
-        """Look after a link until `leave`, and then until it is empty."""
-        self._links[link] = _Watched()
-        if self._timer is None:
-            self._look_later()
-
-    def leave(self, link: Link) -> None:
-        """The connection has been left; its link is kept only while the client has not taken everything."""
-        if link.buffered:
-            self._links[link].leaving = True
-        else:
-            del self._links[link]
-
-    def abort_soon(self, link: Link) -> None:
-        """The server stops and waits for this client: give it a second to take what it was sent."""
-        if link.buffered:
-            asyncio.get_running_loop().call_later(_FINISH_AT_STOP, link.abort)
-
-    def stop(self) -> None:
-        """Abort what is left, and look no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        for link in self._links:
-            link.abort()
-        self._links.clear()
-
-    def _look_later(self) -> None:
-        delay = self._limits.write_timeout / self._LOOKS
-        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        for link, watched in list(self._links.items()):
-            buffered = link.buffered
-            taken = link.written - buffered
-            if not buffered or taken > watched.taken:
-                watched.looks = 0
-            else:
-                watched.looks += 1
-            watched.taken = taken
-            if watched.looks >= self._LOOKS - 1:
-                logger.info("aborting a connection that took nothing for %s s", self._limits.write_timeout)
-                link.abort()
-                watched.looks = 0
-            if watched.leaving and not link.buffered:
-                del self._links[link]
-        if self._links:
-            self._look_later()
-
-
-class Context:
-    """What the connections of one hub share."""
-
-    def __init__(self, limits: Limits, overflow: Overflow, origins: OriginPolicy) -> None:
-        self.limits = limits
-        self.overflow: Overflow = overflow
-        self.origins = origins
-        self.rules = Rules()
-        self.on_connect: list[OnConnect] = []
-        self.connections = Connections(limits)
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pubsub: PubSub | None = None
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether it was started on the current event loop."""
-        return self._pubsub is not None and self._loop is asyncio.get_running_loop()
-
-    @property
-    def left_behind(self) -> bool:
-        """Whether the loop that it was started on is closed."""
-        return self._loop is not None and self._loop.is_closed()
-
-    @property
-    def pubsub(self) -> PubSub:
-        """Raises `HubNotRunning`, and `RuntimeError` when called from another event loop than the hub's."""
-        if self._pubsub is None:
-            raise HubNotRunning
-        if asyncio.get_running_loop() is not self._loop:
-            raise RuntimeError(
-                "the hub runs on another event loop: from a thread use `anyio.from_thread.run(hub.publish, ...)`, "
-                "in tests use one `with TestClient(app) as client` or asgi_ws.testing.connect"
-            )
-        return self._pubsub
-
-    async def start(self, pubsub: PubSub) -> None:
-        """Begin to serve on the running loop."""
-        await pubsub.start()
-        self._loop = asyncio.get_running_loop()
-        self._pubsub = pubsub
-
-    def forget(self) -> None:
-        """Drop what can't be stopped any more."""
-        self._loop = self._pubsub = None
-        self.connections = Connections(self.limits)
-
-    async def stop(self) -> None:
-        """The end of that."""
-        pubsub, self._pubsub = self._pubsub, None
-        self.connections.stop()
-        if pubsub is not None:
-            await pubsub.stop()
-
-    async def publish(
-        self, channel: str, data: Any, *, exclude: "Connection[Any, Any] | str | None" = None
-    ) -> Position | None:
-        """What `Hub.publish` and `Connection.publish` do."""
-        check_name(channel)
-        sender = exclude.id if isinstance(exclude, Connection) else exclude
-        return await self.pubsub.publish(channel, encode(data), sender=sender)
-
-    async def leave(self, channels: Iterable[str], connection: "Connection[Any, Any]") -> None:
-        """Unsubscribe a connection; a hub that was stopped has no subscriptions left."""
-        if self._pubsub is not None:
-            await self._pubsub.unsubscribe(channels, connection)
-
-    def admit(self, scope: Scope, exchange: "Exchange") -> None:
-        """Let a request in, as far as its origin and the limits are concerned, and count it until `exchange.leave`.
-
-        Raises `HTTPException`. A request is asked once, however often this is called.
-        """
-        if exchange.admitted is not None:
-            return
-        if not self.origins.allows(scope):
-            origin = b", ".join(value for name, value in scope["headers"] if name == b"origin")
-            logger.warning(
-                "refused a page of %.200r at %.200r; name its origin in Hub(allowed_origins=[...])",
-                origin.decode("latin-1"),
-                scope["path"],
-            )
-            raise HTTPException(403, "this origin isn't allowed")
-        exchange.admitted = (self.connections, self.connections.enter(scope.get("client")))
-
-
-@dataclasses.dataclass(slots=True)
-class Exchange:
-    """A handshake and what follows, as the server offers it: its own `receive` and `send`, whatever is wrapped around
-    them further in. `WebSocketMiddleware` puts it into the scope."""
-
-    receive: Receive
-    send: Send
-    admitted: tuple[Connections, str] | None = None
-    ended: bool = False
-    """The connection was served to its end: nothing is to be answered any more."""
-
-    def leave(self) -> None:
-        """The request has ended."""
-        if self.admitted is not None:
-            connections, address = self.admitted
-            self.admitted = None
-            connections.exit(address)
-
-
-def _busy(detail: str) -> HTTPException:
-    # Not all at the same moment again.
-    return HTTPException(503, detail, headers={"Retry-After": str(random.randint(2, 10))})
-
-
-def _network(client: Any) -> str:
-    """The address that a client is counted by: its own, or its network where it has 2^64 of them."""
-    host = str(client[0]) if client else ""
-    if ":" not in host:
-        return host
-    try:
-        address = ipaddress.IPv6Address(host)
-    except ValueError:
-        return host
-    mapped = address.ipv4_mapped
-    return str(mapped) if mapped else str(ipaddress.IPv6Network((address, 64), strict=False))
-
-
 def _closed_by(message: Message) -> ConnectionClosed:
     """How a connection ended, by the server's word. Without a close frame, uvicorn says 1005 and gives no reason."""
     code, reason = int(message.get("code") or 1005), message.get("reason")
@@ -740,11 +435,9 @@ def _closed_by(message: Message) -> ConnectionClosed:
     return ConnectionClosed(code, reason or "")
 
 
-def _size(payload: str | bytes) -> int:
-    """In bytes. A lone surrogate, which no UTF-8 has, counts as what it would take."""
-    if isinstance(payload, bytes) or payload.isascii():
-        return len(payload)
-    return len(payload.encode(errors="surrogatepass"))
+def _may_be_sent(code: int) -> bool:
+    """RFC 6455 section 7.4, and what IANA has registered since."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def _cut(reason: str) -> str:
@@ -758,7 +451,10 @@ def _raw_headers(headers: Mapping[str, str] | Iterable[tuple[str | bytes, str | 
 
 
 def _raw(value: str | bytes) -> bytes:
-    return value.encode("latin-1") if isinstance(value, str) else value
+    raw = value.encode("latin-1") if isinstance(value, str) else value
+    if not {0, 10, 13}.isdisjoint(raw):
+        raise ValueError(f"a header can't have line breaks: {value!r}")
+    return raw
 
 
 def _uncancel() -> bool:

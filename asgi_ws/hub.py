@@ -11,7 +11,8 @@ from starlette.routing import WebSocketRoute
 from asgi_ws._types import Handler, Overflow
 from asgi_ws.brokers import Broker, MemoryBroker, broker_for
 from asgi_ws.channels import check_name
-from asgi_ws.connection import Connection, Context, OnConnect, OnInvalid
+from asgi_ws.connection import Connection, OnConnect, OnInvalid
+from asgi_ws.context import Context
 from asgi_ws.endpoints import Endpoint, check_async, check_takes, make_route
 from asgi_ws.limits import Limits
 from asgi_ws.messages import Position
@@ -164,7 +165,8 @@ class Hub:
         Raises `HubNotRunning`, `BrokerError` when the publication may not have gone out, `ValueError` for a name that
         no channel has and `TypeError` for data that can't be encoded.
         """
-        return await self._context.publish(channel, data, exclude=exclude)
+        sender = exclude.id if isinstance(exclude, Connection) else exclude
+        return await self._context.publish(channel, data, sender=sender)
 
     def subscribe(self, channel: str) -> Subscription:
         """What is published to a channel, for the server's own code:

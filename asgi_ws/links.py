@@ -1,16 +1,18 @@
 """How frames leave for one client."""
 
 import asyncio
+import logging
 import typing
 from collections import deque
 from collections.abc import Callable
 
 from starlette.types import Message, Send
-from starlette.websockets import WebSocketDisconnect
 
 from asgi_ws.frames import Frame
 
 __all__ = ["AsgiLink", "Link"]
+
+logger = logging.getLogger("asgi_ws")
 
 _HIGH_WATER = 64 * 1024
 _LOW_WATER = 16 * 1024
@@ -108,9 +110,10 @@ class AsgiLink:
                 if self._behind and self._buffered <= _LOW_WATER:
                     self._behind = False
                     self.on_ready()
-        except (OSError, RuntimeError, WebSocketDisconnect):
-            # The client is gone: OSError by the ASGI specification, RuntimeError on servers that came before it, and
-            # Starlette's own where a WebSocket of its stands in between.
+        except Exception:
+            # The client is gone: OSError by the ASGI specification, and all kinds of others on servers that are older
+            # or that have ended the connection by themselves.
+            logger.debug("sending failed", exc_info=True)
             self._ended = True
             self._forget()
             self.on_ready()

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from asgi_ws.connection import Exchange
+from asgi_ws.context import Exchange
 from asgi_ws.endpoints import current_app
 from asgi_ws.hub import Hub
 

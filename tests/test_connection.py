@@ -349,6 +349,9 @@ async def test_a_handler_that_raises_closes_with_1011_and_is_logged_once(
         (HTTPException(500, "a secret"), 1011, ""),
         (SubscriptionDenied("a"), 1008, "subscribing to 'a' was refused: not allowed"),
         (ConnectionClosed(4000, "another's"), 1011, ""),
+        (WebSocketException(1005), 1011, ""),
+        (InvalidMessage("never sent", close_code=1006), 1011, ""),
+        (InvalidMessage("by hand", close_code=4007), 4007, "by hand"),
         (ExceptionGroup("", [WebSocketException(4004, "grouped")]), 4004, "grouped"),
         (ExceptionGroup("", [ValueError(), TypeError()]), 1011, ""),
     ],
@@ -475,9 +478,7 @@ async def test_a_handler_that_waits_for_something_else_is_cancelled_in_the_end(
         assert await client.receive() == "busy"
 
 
-async def test_a_handler_that_swallows_its_cancellation_ends_like_any_other(
-    hub: Hub, app: WebSocketMiddleware
-) -> None:
+async def test_a_handler_that_swallows_its_cancellation_ends_like_any_other(hub: Hub, app: WebSocketMiddleware) -> None:
     @hub.websocket("/")
     async def stubborn(conn: Connection) -> None:
         try:
@@ -631,6 +632,18 @@ async def test_a_handshake_can_have_headers_and_a_subprotocol(
     async with connect(app, "/", subprotocols=["own"]) as client:
         assert client.subprotocol == "own"
         assert (client.headers["x-one"], client.headers["x-two"]) == ("1", "é")
+
+
+@pytest.mark.parametrize("value", ["a\r\nSet-Cookie: b", "a\nb", "a\x00"])
+async def test_a_header_with_a_line_break_is_refused(value: str, hub: Hub, app: WebSocketMiddleware) -> None:
+    @hub.websocket("/", accept=False)
+    async def accept(conn: Connection) -> None:
+        with pytest.raises(ValueError, match="line breaks"):
+            await conn.accept(headers={"x-one": value})
+
+    with pytest.raises(Refused):
+        async with connect(app, "/"):
+            pass
 
 
 @pytest.mark.parametrize(

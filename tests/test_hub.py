@@ -284,12 +284,11 @@ async def test_a_subscription_that_is_left_while_it_is_made_is_taken_back() -> N
         assert not conn.channels
         done.set()
 
-    async with hub:
-        async with connect(app, "/") as client:
-            await done.wait()
-            assert not hub.context.pubsub._channels
-            with pytest.raises(ConnectionClosed):
-                await client.receive()
+    async with hub, connect(app, "/") as client:
+        await done.wait()
+        assert not hub.context.pubsub._channels
+        with pytest.raises(ConnectionClosed):
+            await client.receive()
 
 
 async def test_a_broker_that_fails_leaves_nothing_behind() -> None:

@@ -15,7 +15,8 @@ from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from asgi_ws._types import Handler
-from asgi_ws.connection import Connection, Context, OnInvalid
+from asgi_ws.connection import Connection, OnInvalid
+from asgi_ws.context import Context
 from asgi_ws.exceptions import HubNotRunning
 from asgi_ws.protocols import choose_protocol
 

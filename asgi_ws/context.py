@@ -1,0 +1,248 @@
+"""What the connections of one hub share, and what is counted over all of them."""
+
+import asyncio
+import dataclasses
+import ipaddress
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from asgi_ws._types import Overflow
+from asgi_ws.channels import Rules, check_name
+from asgi_ws.exceptions import HubNotRunning
+from asgi_ws.limits import Limits
+from asgi_ws.links import Link
+from asgi_ws.messages import Position
+from asgi_ws.origins import OriginPolicy
+from asgi_ws.payloads import encode
+from asgi_ws.pubsub import PubSub, Subscriber
+
+__all__ = ["STOP_TIME", "Connections", "Context", "Exchange"]
+
+logger = logging.getLogger("asgi_ws")
+
+STOP_TIME = 1.0
+"""How many seconds a client has to take what it was sent, and a handler to finish, when the server stops."""
+
+
+class _Watched:
+    """What is known of a link from one look to the next."""
+
+    __slots__ = ("leaving", "looks", "taken")
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.looks = 0
+        self.leaving = False
+
+
+class Connections:
+    """All connections of this process: counted, and aborted when they take nothing of what waits for them.
+
+    No call of ASGI ends a client that doesn't read, and a server's own `close` waits until it does; so all links are
+    looked at a few times within the write timeout, also those whose connection has been left.
+    """
+
+    _LOOKS = 8
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._count = 0
+        self._addresses: Counter[str] = Counter()
+        self._links: dict[Link, _Watched] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, client: Any) -> str:
+        """Count a connection of the client's address; what is returned is for `exit`.
+
+        Raises `HTTPException` with status 503 when there are too many.
+        """
+        address = _network(client)
+        most, most_of_address = self._limits.connections, self._limits.connections_per_address
+        if most is not None and self._count >= most:
+            raise _busy("too many connections")
+        if most_of_address is not None and self._addresses[address] >= most_of_address:
+            raise _busy("too many connections from this address")
+        self._count += 1
+        self._addresses[address] += 1
+        return address
+
+    def exit(self, address: str) -> None:
+        """The end of what `enter` has counted."""
+        self._count -= 1
+        self._addresses[address] -= 1
+        if not self._addresses[address]:
+            del self._addresses[address]
+
+    def watch(self, link: Link) -> None:
+        """Look after a link until `leave`, and then until it is empty."""
+        self._links[link] = _Watched()
+        if self._timer is None:
+            self._look_later()
+
+    def leave(self, link: Link) -> None:
+        """The connection has been left; its link is kept only while the client has not taken everything."""
+        if link.buffered:
+            self._links[link].leaving = True
+        else:
+            del self._links[link]
+
+    def abort_soon(self, link: Link) -> None:
+        """The server stops and waits for this client: give it a second to take what it was sent."""
+        if link.buffered:
+            asyncio.get_running_loop().call_later(STOP_TIME, link.abort)
+
+    def stop(self) -> None:
+        """Abort what is left, and look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for link in self._links:
+            link.abort()
+        self._links.clear()
+
+    def _look_later(self) -> None:
+        delay = self._limits.write_timeout / self._LOOKS
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        for link, watched in list(self._links.items()):
+            buffered = link.buffered
+            taken = link.written - buffered
+            if not buffered or taken > watched.taken:
+                watched.looks = 0
+            else:
+                watched.looks += 1
+            watched.taken = taken
+            if watched.looks >= self._LOOKS - 1:
+                logger.info("aborting a connection that took nothing for %s s", self._limits.write_timeout)
+                link.abort()
+                watched.looks = 0
+            if watched.leaving and not link.buffered:
+                del self._links[link]
+        if self._links:
+            self._look_later()
+
+
+class Context:
+    """What the connections of one hub share."""
+
+    def __init__(self, limits: Limits, overflow: Overflow, origins: OriginPolicy) -> None:
+        self.limits = limits
+        self.overflow: Overflow = overflow
+        self.origins = origins
+        self.rules = Rules()
+        self.on_connect: list[Callable[[Any], Awaitable[None]]] = []
+        self.connections = Connections(limits)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pubsub: PubSub | None = None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it was started on the current event loop."""
+        return self._pubsub is not None and self._loop is asyncio.get_running_loop()
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether the loop that it was started on is closed."""
+        return self._loop is not None and self._loop.is_closed()
+
+    @property
+    def pubsub(self) -> PubSub:
+        """Raises `HubNotRunning`, and `RuntimeError` when called from another event loop than the hub's."""
+        if self._pubsub is None:
+            raise HubNotRunning
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError(
+                "the hub runs on another event loop: from a thread use `anyio.from_thread.run(hub.publish, ...)`, "
+                "in tests use one `with TestClient(app) as client` or asgi_ws.testing.connect"
+            )
+        return self._pubsub
+
+    async def start(self, pubsub: PubSub) -> None:
+        """Begin to serve on the running loop."""
+        await pubsub.start()
+        self._loop = asyncio.get_running_loop()
+        self._pubsub = pubsub
+
+    def forget(self) -> None:
+        """Drop what can't be stopped any more."""
+        self._loop = self._pubsub = None
+        self.connections = Connections(self.limits)
+
+    async def stop(self) -> None:
+        """The end of that."""
+        pubsub, self._pubsub = self._pubsub, None
+        self.connections.stop()
+        if pubsub is not None:
+            await pubsub.stop()
+
+    async def publish(self, channel: str, data: Any, *, sender: str | None = None) -> Position | None:
+        """What `Hub.publish` and `Connection.publish` do."""
+        check_name(channel)
+        return await self.pubsub.publish(channel, encode(data), sender=sender)
+
+    async def leave(self, channels: Iterable[str], subscriber: Subscriber) -> None:
+        """Unsubscribe; a hub that was stopped has no subscriptions left."""
+        if self._pubsub is not None:
+            await self._pubsub.unsubscribe(channels, subscriber)
+
+    def admit(self, scope: Scope, exchange: "Exchange") -> None:
+        """Let a request in, as far as its origin and the limits are concerned, and count it until `exchange.leave`.
+
+        Raises `HTTPException`. A request is asked once, however often this is called.
+        """
+        if exchange.admitted is not None:
+            return
+        if not self.origins.allows(scope):
+            origin = b", ".join(value for name, value in scope["headers"] if name == b"origin")
+            logger.warning(
+                "refused a page of %.200r at %.200r; name its origin in Hub(allowed_origins=[...])",
+                origin.decode("latin-1"),
+                scope["path"],
+            )
+            raise HTTPException(403, "this origin isn't allowed")
+        exchange.admitted = (self.connections, self.connections.enter(scope.get("client")))
+
+
+@dataclasses.dataclass(slots=True)
+class Exchange:
+    """A handshake and what follows, as the server offers it: its own `receive` and `send`, whatever is wrapped around
+    them further in. `WebSocketMiddleware` puts it into the scope."""
+
+    receive: Receive
+    send: Send
+    admitted: tuple[Connections, str] | None = None
+    ended: bool = False
+    """The connection was served to its end: nothing is to be answered any more."""
+
+    def leave(self) -> None:
+        """The request has ended."""
+        if self.admitted is not None:
+            connections, address = self.admitted
+            self.admitted = None
+            connections.exit(address)
+
+
+def _busy(detail: str) -> HTTPException:
+    # Not all at the same moment again.
+    return HTTPException(503, detail, headers={"Retry-After": str(random.randint(2, 10))})
+
+
+def _network(client: Any) -> str:
+    """The address that a client is counted by: its own, or its network where it has 2^64 of them."""
+    host = str(client[0]) if client else ""
+    if ":" not in host:
+        return host
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return host
+    mapped = address.ipv4_mapped
+    return str(mapped) if mapped else str(ipaddress.IPv6Network((address, 64), strict=False))
