@@ -48,6 +48,17 @@ async def until(condition: Callable[[], Any], timeout: float = 5) -> float:
     return time.monotonic() - begin
 
 
+async def settled(value: Callable[[], int], still: float = 0.2, timeout: float = 5) -> int:
+    """Wait until a number has not changed for a while."""
+    async with asyncio.timeout(timeout):
+        last, since = value(), time.monotonic()
+        while time.monotonic() - since < still:
+            await asyncio.sleep(0.01)
+            if value() != last:
+                last, since = value(), time.monotonic()
+    return last
+
+
 def memory() -> int:
     """How many bytes of memory this process has."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -107,11 +107,11 @@ async def test_next_call_raises_when_the_client_has_left(server: str) -> None:
 
 async def flood(client: RawClient, message: bytes, most: int) -> int:
     """Send until the server has taken nothing for a while; how many bytes it took."""
-    data = memoryview(message * (most // len(message)))
+    data = memoryview(message * (65_536 // len(message) + 1))
     sent, moved = 0, time.monotonic()
-    while sent < len(data) and time.monotonic() - moved < 0.3:
+    while sent < most and time.monotonic() - moved < 0.3:
         try:
-            sent += client.sock.send(data[sent : sent + 65_536])
+            sent += client.sock.send(data[sent % len(data) :])
             moved = time.monotonic()
             await asyncio.sleep(0)
         except BlockingIOError:
@@ -120,7 +120,7 @@ async def flood(client: RawClient, message: bytes, most: int) -> int:
 
 
 @each_server
-@pytest.mark.parametrize("size", [10, 1_000, 60_000])
+@pytest.mark.parametrize("size", [10, 60_000])
 async def test_flood_that_nobody_receives_is_stopped_by_tcp_and_takes_no_memory(server: str, size: int) -> None:
     hub = Hub(limits=Limits(inbox_messages=32, message_size=65_536, messages_per_second=None))
     begin = asyncio.Event()
@@ -133,16 +133,15 @@ async def test_flood_that_nobody_receives_is_stopped_by_tcp_and_takes_no_memory(
             received.append(len(message))
 
     app = WebSocketMiddleware(Starlette(), hub=hub)
-    most = 20_000_000
     message = masked(BINARY, b"x" * size)
     async with (
         serve_with(server, app, rcvbuf=16_384) as address,
         raw(address.port, "/", sndbuf=16_384) as client,
     ):
         before = memory()
-        sent = await flood(client, message, most)
+        sent = await flood(client, message, 20_000_000)
         assert sent < 1_500_000
-        assert memory() - before < 30_000_000
+        assert memory() - before < 8_000_000
         # Nothing was lost: what was taken arrives as soon as somebody receives it.
         begin.set()
         await until(lambda: len(received) >= sent // len(message))
