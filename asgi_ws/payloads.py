@@ -139,8 +139,6 @@ def _pydantic_decoder(type_: Any) -> Decoder:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             where = "".join(f".{part}" for part in first["loc"])
             raise InvalidMessage(f"${where}: {first['msg']}" if where else first["msg"]) from error
-        except UnicodeError as error:
-            raise InvalidMessage("the message isn't UTF-8") from error
 
     return read
 
@@ -217,9 +215,14 @@ def _is_record(type_: Any) -> bool:
     return (
         _is_struct(type_)
         or (isinstance(type_, type) and dataclasses.is_dataclass(type_))
-        or typing.is_typeddict(type_)
+        or _is_typeddict(type_)
         or _is_pydantic(type_)
     )
+
+
+def _is_typeddict(type_: Any) -> bool:
+    """One of typing's or of typing_extensions', which not every `typing.is_typeddict` knows."""
+    return isinstance(type_, type) and issubclass(type_, dict) and hasattr(type_, "__total__")
 
 
 def _is_pydantic(type_: Any) -> bool:
@@ -240,7 +243,7 @@ def _parts(type_: Any, seen: set[int]) -> Iterator[Any]:
     seen.add(id(type_))
     yield type_
     parts: list[Any] = [*typing.get_args(type_), *getattr(type_, "__metadata__", ()), getattr(type_, "__value__", None)]
-    if isinstance(type_, type) and (dataclasses.is_dataclass(type_) or typing.is_typeddict(type_)):
+    if isinstance(type_, type) and (dataclasses.is_dataclass(type_) or _is_typeddict(type_)):
         parts += typing.get_type_hints(type_, include_extras=True).values()
     for part in parts:
         yield from _parts(part, seen)
