@@ -13,6 +13,7 @@ import yaml
 
 import asgi_ws
 from asgi_ws import testing
+from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -77,6 +78,13 @@ def test_python_on_a_page_is_a_file_that_is_tested(page: Path) -> None:
             included = re.fullmatch(r'\s*--8<-- "((?:examples|docs/snippets)/\w+\.py)"', line)
             assert included, line
             assert (ROOT / included[1]).exists(), line
+
+
+def test_contributors_are_shown_the_floors_that_are_tested() -> None:
+    text = (DOCS / "contributing.md").read_text()
+    table = text[text.index("| floor |") : text.index("| a line that")]
+    rows = re.findall(r"^\| (`[^|]+) \|", table, flags=re.M)
+    assert [set(re.findall(r"`(\w+)`", row)) for row in reversed(rows)] == FLOORS
 
 
 def test_release_notes_begin_with_this_version() -> None:
