@@ -21,6 +21,7 @@ from asgi_ws.inbox import Inbox, Rate, size_of
 from asgi_ws.links import Link
 from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox
+from asgi_ws.payloads import to_json
 from asgi_ws.protocols import Protocol
 from asgi_ws.uvicorn import find_link
 
@@ -310,7 +311,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             case WebSocketException() if _may_be_sent(error.code):
                 return error.code, error.reason
             case HTTPException() if error.status_code < 500:
-                return 1008, error.detail
+                # FastAPI's may be anything that JSON can say.
+                return 1008, error.detail if isinstance(error.detail, str) else to_json(error.detail)
         logger.error("the handler of %r failed", self.scope["path"], exc_info=error)
         return 1011, ""
 

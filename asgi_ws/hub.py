@@ -54,6 +54,8 @@ class Hub:
         self._lock = asyncio.Lock()
         self.routes: list[WebSocketRoute] = []
         """The endpoints, in the order in which they are tried."""
+        self.has_endpoints_elsewhere = False
+        """Whether `endpoint` has made some for routers of the application's own."""
 
     # Endpoints
 
@@ -114,6 +116,7 @@ class Hub:
         """A handler as an endpoint for a router of your own: below `@router.websocket(path)` in FastAPI, in
         `WebSocketRoute(path, hub.endpoint(handler))` in Starlette. The options are those of `websocket`."""
         namespace = sys._getframe(1).f_locals
+        self.has_endpoints_elsewhere = True
 
         def decorate(handler: Handler) -> Endpoint:
             return Endpoint(
@@ -223,6 +226,6 @@ class Hub:
         if workers > 1 and isinstance(self._broker, MemoryBroker):
             logger.warning(
                 "%d workers don't share the memory broker: what one publishes, the clients of the others don't get. "
-                "Run one worker, or give the hub a broker that joins processes, like Hub('redis://localhost')",
+                "Run one worker, or give the hub a Broker that joins processes",
                 workers,
             )

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from starlette.types import Message, Send
 
+from asgi_ws.exceptions import ConnectionClosed
 from asgi_ws.frames import Frame
 
-__all__ = ["AsgiLink", "Link"]
+__all__ = ["AsgiLink", "Link", "Receiver", "ReceivingLink"]
 
 logger = logging.getLogger("asgi_ws")
 
@@ -49,6 +50,39 @@ class Link(typing.Protocol):
     @property
     def buffered(self) -> int:
         """How many bytes the client has not taken yet, as far as the process knows."""
+        ...
+
+
+class Receiver(typing.Protocol):
+    """Whatever a client's messages are handed to. Nothing here waits, and nothing raises."""
+
+    def take(self, payload: str | bytes) -> None:
+        """A message of the client's."""
+        ...
+
+    def gone(self, closed: ConnectionClosed) -> None:
+        """The client is gone, or the server has ended the connection; nothing comes any more."""
+        ...
+
+    def stop(self) -> None:
+        """The server stops: send what waits, and then a close frame with code 1012."""
+        ...
+
+
+@typing.runtime_checkable
+class ReceivingLink(Link, typing.Protocol):
+    """A link that hands messages in by itself, so that no task has to wait for them."""
+
+    def listen(self, receiver: Receiver, max_size: int | None) -> None:
+        """Hand what comes to `receiver` from now on; a message larger than `max_size` closes with 1009."""
+        ...
+
+    def pause_reading(self) -> None:
+        """Take nothing more from the client; TCP pushes back."""
+        ...
+
+    def resume_reading(self) -> None:
+        """The end of that."""
         ...
 
 

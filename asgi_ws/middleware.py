@@ -3,13 +3,14 @@
 import contextlib
 import logging
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.exceptions import WebSocketException
 from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Match, Route, WebSocketRoute
+from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.context import Exchange
@@ -100,24 +101,28 @@ class WebSocketMiddleware:
             self._segments = {_first_segment(route.path) for route in self.hub.routes}
             self._indexed = len(self.hub.routes)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return _first_segment(path) in self._segments or "{" in self._segments
+        return _first_segment(path) in self._segments or "{" in self._segments or self.hub.has_endpoints_elsewhere
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application answers first: it may have a page at an endpoint's path."""
-        if self._find({**scope, "type": "websocket"}) is None:
-            await self.app(scope, receive, send)
-            return
+        handshake = {**scope, "type": "websocket"}
         replaced = False
 
         async def answer(message: Message) -> None:
             nonlocal replaced
-            if message["type"] == "http.response.start" and _has_no_page(scope, message["status"]):
+            nothing_here = message["type"] == "http.response.start" and _has_no_page(scope, message["status"])
+            if nothing_here and self._is_endpoint(handshake, scope.get("app", self.app)):
                 replaced = True
                 await _upgrade_required(scope)(scope, receive, send)
             elif not replaced:
                 await send(message)
 
         await self.app(scope, receive, answer)
+
+    def _is_endpoint(self, handshake: Scope, application: Any) -> bool:
+        if self._find(handshake) is not None:
+            return True
+        return self.hub.has_endpoints_elsewhere and _has_websocket(getattr(application, "routes", ()), handshake)
 
     # Start and stop
 
@@ -211,6 +216,17 @@ def _has_no_page(scope: Scope, status: int) -> bool:
     """Whether the application answered because it has nothing at this path for this method, not from a page of its
     own that is missing something."""
     return status == 405 or (status == 404 and not isinstance(scope.get("route"), Route))
+
+
+def _has_websocket(routes: Iterable[BaseRoute], handshake: Scope) -> bool:
+    """Whether a handshake would find a route of the application's own."""
+    for route in routes:
+        match, child_scope = route.matches(dict(handshake))
+        if match is Match.FULL and (
+            not isinstance(route, Mount) or _has_websocket(route.routes, {**handshake, **child_scope})
+        ):
+            return True
+    return False
 
 
 def _first_segment(path: str) -> str:

@@ -7,6 +7,7 @@ import logging
 import typing
 
 import anyio
+import fastapi
 import msgspec
 import pydantic
 import pytest
@@ -346,6 +347,7 @@ async def test_a_handler_that_raises_closes_with_1011_and_is_logged_once(
     [
         (WebSocketException(4003, "not you"), 4003, "not you"),
         (HTTPException(403, "not here"), 1008, "not here"),
+        (fastapi.HTTPException(404, {"room": 7}), 1008, '{"room":7}'),
         (HTTPException(500, "a secret"), 1011, ""),
         (SubscriptionDenied("a"), 1008, "subscribing to 'a' was refused: not allowed"),
         (ConnectionClosed(4000, "another's"), 1011, ""),

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount, WebSocketRoute
 
 from asgi_ws import Connection, ConnectionClosed, Hub, HubNotRunning, WebSocketMiddleware
-from asgi_ws.testing import Refused, connect
+from asgi_ws.testing import Refused, connect, request
 
 pytestmark = pytest.mark.anyio
 
@@ -261,6 +261,8 @@ async def test_a_router_keeps_its_decorators_and_prefix(hub: Hub, app: FastAPI) 
             await conn.send([game_id, *numbers])
 
     app.include_router(router, prefix="/v1")
+    assert (await request(app, "GET", "/v1/api/games/7")).status_code == 426
+    assert (await request(app, "GET", "/v1/api/games")).status_code == 404
     async with connect(app, "/v1/api/games/7?token=ann") as client:
         await client.send([1, 2])
         assert await client.receive_json() == [7, 1, 2]
@@ -294,6 +296,9 @@ async def test_a_starlette_route_takes_an_endpoint(hub: Hub) -> None:
     app = Starlette(routes=routes)
     app.add_middleware(WebSocketMiddleware, hub=hub)
     assert await receive_all(app, "/sub/chat/lobby") == ["lobby", "hello"]
+    assert (await request(app, "GET", "/sub/chat/lobby")).status_code == 426
+    assert (await request(app, "GET", "/sub/chat")).status_code == 404
+    assert (await request(app, "GET", "/nothing")).status_code == 404
     assert not hub.context.connections._addresses
 
 
