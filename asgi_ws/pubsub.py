@@ -67,9 +67,7 @@ class PubSub:
                 # The broker is asked under the channel's lock: the first subscriber's request must not be overtaken
                 # by the second's, nor by the last unsubscribe of those who were here before.
                 async with entry.lock:
-                    if not entry.subscribed:
-                        await self._broker.subscribe(channel)
-                        entry.subscribed = True
+                    await self._take(channel, entry)
             finally:
                 entry.users -= 1
                 self._forget_if_idle(channel, entry)
@@ -85,9 +83,7 @@ class PubSub:
             entry.users += 1
             try:
                 async with entry.lock:
-                    if entry.subscribed and not entry.subscribers:
-                        entry.subscribed = False
-                        await self._broker.unsubscribe(channel)
+                    await self._release(channel, entry)
             finally:
                 entry.users -= 1
                 self._forget_if_idle(channel, entry)
@@ -106,6 +102,16 @@ class PubSub:
         if entry is not None:
             for subscriber in tuple(entry.subscribers):
                 subscriber.push(publication)
+
+    async def _take(self, channel: str, entry: _Channel) -> None:
+        if not entry.subscribed:
+            await self._broker.subscribe(channel)
+            entry.subscribed = True
+
+    async def _release(self, channel: str, entry: _Channel) -> None:
+        if entry.subscribed and not entry.subscribers:
+            entry.subscribed = False
+            await self._broker.unsubscribe(channel)
 
     def _forget_if_idle(self, channel: str, entry: _Channel) -> None:
         if not entry.users and not entry.subscribed and self._channels.get(channel) is entry:
