@@ -30,6 +30,24 @@ class Address:
         self.http = f"http://127.0.0.1:{port}"
 
 
+class _Uvicorn(uvicorn.Server):
+    """Leaves the handlers of signals to the test, and stops when told to, not at the next tenth of a second."""
+
+    capture_signals = contextlib.nullcontext  # type: ignore[assignment]
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.stopping = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self.stopping.wait()
+
+    def stop(self) -> None:
+        self.should_exit = True
+        self.stopping.set()
+
+
 class UvicornServer(Address):
     def __init__(self, server: uvicorn.Server, port: int) -> None:
         super().__init__(port)
@@ -56,9 +74,7 @@ async def serve(
     kernel's buffers."""
     listening = listen(sndbuf=sndbuf, rcvbuf=rcvbuf)
     options = {"log_config": None, "timeout_graceful_shutdown": 5, **options}
-    server = uvicorn.Server(uvicorn.Config(app, **options))
-    # The test's own handlers of signals stay.
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    server = _Uvicorn(uvicorn.Config(app, **options))
     task = asyncio.create_task(server.serve(sockets=[listening]))
     try:
         while not server.started:
@@ -68,7 +84,7 @@ async def serve(
             await asyncio.sleep(0.005)
         yield UvicornServer(server, listening.getsockname()[1])
     finally:
-        server.should_exit = True
+        server.stop()
         await asyncio.wait_for(task, 15)
         listening.close()
 

@@ -413,7 +413,7 @@ async def test_pages_of_any_origin_may_connect_where_the_hub_says_so(server: str
 
 
 @each_server
-@pytest.mark.parametrize("front", [in_fastapi, in_starlette_listed, in_front_of_a_callable, mounted])
+@pytest.mark.parametrize("front", [in_fastapi, in_fastapi_router, in_starlette_route, in_front_of_a_callable, mounted])
 async def test_plain_http_to_an_endpoint_is_told_to_upgrade(server: str, front: Callable[[], ASGIApp]) -> None:
     async with serve_with(server, front()) as address:
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS"):
@@ -422,15 +422,6 @@ async def test_plain_http_to_an_endpoint_is_told_to_upgrade(server: str, front: 
             assert answer.headers["upgrade"] == "websocket"
             assert "WebSocket" in answer.text
         assert (await get(f"{address.http}{FRONTS[front]}/chat/lobby", "HEAD")).status_code == 426
-
-
-@pytest.mark.xfail(strict=True, reason="the middleware doesn't know the endpoints in the application's own router")
-@pytest.mark.parametrize("front", [in_starlette_route, in_fastapi_router])
-async def test_plain_http_to_an_endpoint_in_the_applications_router_is_told_to_upgrade(
-    front: Callable[[], ASGIApp],
-) -> None:
-    async with serve_with("websockets-sansio", front()) as address:
-        assert (await get(f"{address.http}/chat/lobby")).status_code == 426
 
 
 @each_server
