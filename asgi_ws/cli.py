@@ -228,37 +228,37 @@ def _words(error: Exception) -> str:
 async def _connect(arguments: argparse.Namespace) -> int:
     from websockets.exceptions import ConnectionClosed
 
-    websocket = await _handshake(arguments)
-    screen = _Screen(sys.stdin, sys.stdout)
-    screen.show("*", "connected" + (f", subprotocol {websocket.subprotocol}" if websocket.subprotocol else ""))
-    heard = asyncio.Event()
+    async with await _handshake(arguments) as websocket:
+        screen = _Screen(sys.stdin, sys.stdout)
+        screen.show("*", "connected" + (f", subprotocol {websocket.subprotocol}" if websocket.subprotocol else ""))
+        heard = asyncio.Event()
 
-    async def receive() -> None:
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                screen.show("<", _shown(await websocket.recv()))
-                heard.set()
+        async def receive() -> None:
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    screen.show("<", _shown(await websocket.recv()))
+                    heard.set()
 
-    async def send() -> None:
-        with contextlib.suppress(ConnectionClosed, TimeoutError):
-            while (line := await screen.read()) is not None:
-                await websocket.send(line)
-                screen.show(">", line)
-            while not screen.interactive:
-                # The answers to what came out of the pipe are on their way.
-                heard.clear()
-                await asyncio.wait_for(heard.wait(), _QUIET)
+        async def send() -> None:
+            with contextlib.suppress(ConnectionClosed, TimeoutError):
+                while (line := await screen.read()) is not None:
+                    await websocket.send(line)
+                    screen.show(">", line)
+                while not screen.interactive:
+                    # The answers to what came out of the pipe are on their way.
+                    heard.clear()
+                    await asyncio.wait_for(heard.wait(), _QUIET)
 
-    receiving, sending = asyncio.create_task(receive()), asyncio.create_task(send())
-    with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C: as good a way to leave as any
-        await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
-    sending.cancel()
-    await websocket.close()
-    # `receive` ends behind the last message.
-    await asyncio.wait([receiving, sending])
-    for task in (receiving, sending):
-        if not task.cancelled():
-            task.result()
+        receiving, sending = asyncio.create_task(receive()), asyncio.create_task(send())
+        with contextlib.suppress(asyncio.CancelledError):  # Ctrl-C: as good a way to leave as any
+            await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
+        sending.cancel()
+        await websocket.close()
+        # `receive` ends behind the last message.
+        await asyncio.wait([receiving, sending])
+        for task in (receiving, sending):
+            if not task.cancelled():
+                task.result()
     code = websocket.close_code
     screen.show("*", f"closed: {_close(code, websocket.close_reason)}")
     return 0 if code in (1000, 1001, 1005) else 1
@@ -336,22 +336,18 @@ class _Screen:
     async def read(self) -> str | None:
         """The next line that is typed or comes out of the pipe; `None` behind the last."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[str] = loop.create_future()
-
-        def give(line: str) -> None:
-            if not answer.done():
-                answer.set_result(line)
+        lines: asyncio.Queue[str] = asyncio.Queue()
 
         def read() -> None:
             line = ""
             with contextlib.suppress(OSError):  # the terminal is gone
                 line = self._source.readline()
-            with contextlib.suppress(RuntimeError):  # nobody waits any more: the loop is closed
-                loop.call_soon_threadsafe(give, line)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(lines.put_nowait, line)
 
         # A read can't be given up. A thread that is left behind in one must not keep the process from ending.
         threading.Thread(target=read, daemon=True).start()
-        line = await answer
+        line = await lines.get()
         return line.rstrip("\r\n") if line else None
 
 
