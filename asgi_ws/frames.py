@@ -270,7 +270,8 @@ class Parser:
                 self._parts.append(self._decoder.decode(payload, last))
             except UnicodeDecodeError:
                 raise Violation(1007, "the text isn't UTF-8") from None
-        elif self._parts is not None:
+        else:
+            assert self._parts is not None  # the message has begun
             self._parts += payload
         return self._whole() if last else None
 
