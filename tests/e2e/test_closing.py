@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.exceptions import WebSocketException
 from starlette.types import ASGIApp
 
 from asgi_ws import Connection, ConnectionClosed, Hub, Limits, WebSocketMiddleware
 from asgi_ws.brokers import MemoryBroker
-from tests.e2e.clients import BINARY, CLOSE, TEXT, RawClient, close_frame, connect, end_of, raw, until
+from tests.e2e.clients import BINARY, CLOSE, TEXT, RawClient, close_frame, connect, end_of, masked, raw, until
 from tests.servers import SERVERS, UVICORN, serve, serve_with
 
 pytestmark = pytest.mark.anyio
@@ -93,6 +94,65 @@ async def test_handlers_own_code_and_reason_arrive(server: str) -> None:
 
     async with serve_with(server, serving(handler)) as address, connect(address.ws) as client:
         assert await end_of(client) == (4001, "héhé")
+
+
+@each_server
+async def test_exception_of_the_framework_keeps_its_code_and_reason(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(conn: Connection) -> None:
+        await conn.receive()
+        raise WebSocketException(4403, "not for you")
+
+    async with serve_with(server, serving(handler)) as address, connect(address.ws) as client:
+        await client.send("hello")
+        assert await end_of(client) == (4403, "not for you")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(
+    ("server", "message", "code"),
+    [
+        ("websockets-sansio", masked(TEXT, b"x" * 2_000), 1009),
+        ("wsproto", masked(TEXT, b"x" * 2_000), 1009),
+        # Where uvicorn runs wsproto, it ends the connection without a close frame for the likes of these.
+        ("websockets-sansio", masked(TEXT, b"\xff\xfe"), 1007),
+        ("websockets-sansio", masked(3, b"reserved"), 1002),
+    ],
+    ids=["too big", "too big for wsproto", "not UTF-8", "reserved opcode"],
+)
+async def test_nothing_follows_the_servers_own_close_frame(server: str, message: bytes, code: int) -> None:
+    """uvicorn closes with codes of its own while publications are on their way."""
+    hub = Hub()
+    ends: list[ConnectionClosed] = []
+
+    @hub.websocket("/")
+    async def listens(conn: Connection) -> None:
+        await conn.subscribe("news")
+        try:
+            while True:
+                await conn.receive()
+        except ConnectionClosed as closed:
+            ends.append(closed)
+
+    async def publish() -> None:
+        while True:
+            await hub.publish("news", "tick")
+            await asyncio.sleep(0)
+
+    app = WebSocketMiddleware(Starlette(), hub=hub)
+    async with serve(app, ws=server, ws_max_size=1_000) as address, asyncio.TaskGroup() as tasks:
+        publisher = tasks.create_task(publish())
+        async with raw(address.port, "/") as client:
+            assert await client.receive() == (TEXT, b"tick")
+            await asyncio.get_running_loop().sock_sendall(client.sock, message)
+            while (frame := await client.receive()) == (TEXT, b"tick"):
+                pass
+            assert (frame[0], close_frame(frame[1])[0]) == (CLOSE, code)
+            await client.send(CLOSE, frame[1])
+            assert await client.drain() == []
+        await until(lambda: ends)
+        publisher.cancel()
 
 
 @each_server

@@ -152,6 +152,24 @@ async def test_response_is_101_with_the_key_that_the_rfc_asks_for(server: str) -
             assert client.header("Sec-WebSocket-Accept") == accept_for("MTIzNDU2Nzg5MDEyMzQ1Ng==")
 
 
+@each_server
+async def test_client_that_has_agreed_on_compression_understands_everything(server: str) -> None:
+    async with (
+        serve_with(server, in_fastapi()) as address,
+        connect(f"{address.ws}/chat/lobby", compression="deflate") as ann,
+        connect(f"{address.ws}/chat/lobby") as bob,
+    ):
+        assert ann.response is not None
+        assert "permessage-deflate" in ann.response.headers["Sec-WebSocket-Extensions"]
+        await bob.send("ready")
+        assert await bob.recv() == "ready"
+        for text in ("", "hello", "long " * 20_000, "grüße 👋" * 100):
+            await ann.send(text)
+            assert await bob.recv() == text
+            while await ann.recv() != text:
+                pass
+
+
 # What an endpoint sees of the request, and what it adds to the response
 
 
