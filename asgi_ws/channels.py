@@ -38,6 +38,9 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             raise ValueError(f"{pattern!r}: {{{name}}} isn't a name")
         if f"(?P<{name}>" in expression:
             raise ValueError(f"{pattern!r}: {{{name}}} stands there twice")
+        if end and ":" not in pattern[end : parameter.start()]:
+            # Two would share what is between the colons in many ways, and a client could have all of them tried.
+            raise ValueError(f"{pattern!r}: there is more than one name between two colons")
         expression += re.escape(pattern[end : parameter.start()]) + f"(?P<{name}>[^:]+)"
         end = parameter.end()
     if not {"{", "}"}.isdisjoint(_PARAMETER.sub("", pattern)):

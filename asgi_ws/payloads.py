@@ -26,6 +26,12 @@ class Payload:
     kind: typing.Literal["text", "json", "binary"]
     data: str | bytes
 
+    @property
+    def size(self) -> int:
+        """Its length in bytes."""
+        data = self.data
+        return len(data.encode() if isinstance(data, str) and not data.isascii() else data)
+
     def decode(self) -> Any:
         """The data again: a `str`, `bytes`, or what the JSON says."""
         return msgspec.json.decode(self.data) if self.kind == "json" else self.data

@@ -140,7 +140,7 @@ class Subscription:
 
     def push(self, publication: Publication) -> None:
         """Take a publication. Called by the hub."""
-        size = len(publication.payload.data)
+        size = publication.payload.size
         if self._waiting and self._waiting_size + size > self._size:
             self._too_slow = True
         if not self._too_slow:
@@ -171,7 +171,7 @@ class Subscription:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         publication = self._waiting.popleft()
-        self._waiting_size -= len(publication.payload.data)
+        self._waiting_size -= publication.payload.size
         return publication
 
     async def __aenter__(self) -> "Subscription":

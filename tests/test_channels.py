@@ -61,7 +61,7 @@ def test_a_name_that_passes_can_be_sent(name: str) -> None:
         ("a.c:{x}", "a.c:1", {"x": "1"}),
         ("(x)*:{n}", "(x)*:1", {"n": "1"}),
         ("{größe}-cm", "3-cm", {"größe": "3"}),
-        ("room:{a}-{b}", "room:1-2", {"a": "1", "b": "2"}),
+        ("room:{a}:x-{b}", "room:1:x-2", {"a": "1", "b": "2"}),
     ],
 )
 def test_a_name_matches_up_to_the_next_colon(pattern: str, channel: str, values: dict[str, str] | None) -> None:
@@ -79,6 +79,8 @@ def test_a_name_matches_up_to_the_next_colon(pattern: str, channel: str, values:
         ("{a b}", "isn't a name"),
         ("{name:int}", "isn't a name"),
         ("{a}:{a}", "stands there twice"),
+        ("{a}{b}", "more than one name"),
+        ("room:{a}-{b}", "more than one name"),
         ("{a", "no partner"),
         ("a}", "no partner"),
         ("{{a}}", "no partner"),
