@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws import Connection, ConnectionClosed, Hub, Limits, WebSocketMiddleware
 from tests.e2e.clients import (
@@ -203,6 +203,56 @@ async def test_handler_waits_for_its_own_slow_client_and_nothing_is_lost(server:
         opcode, payload = await client.receive()
         assert (opcode, close_frame(payload)) == (CLOSE, (1000, ""))
         await client.send(CLOSE, payload)
+
+
+def wrapping(app: ASGIApp) -> ASGIApp:
+    """A middleware further out that hides the server's own `send`."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def own_send(message: Message) -> None:
+            await send(message)
+
+        await app(scope, receive, own_send)
+
+    return wrapped
+
+
+@pytest.mark.xfail(strict=True, reason="aborting an AsgiLink doesn't end the connection")
+@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize("kind", ["subscriber", "sender"])
+async def test_where_a_client_cannot_be_cut_off_its_connection_is_left_all_the_same(server: str, kind: str) -> None:
+    hub = Hub(overflow="drop_oldest", limits=Limits(outbox_size=65_536, write_timeout=0.5))
+    ends: list[ConnectionClosed] = []
+
+    @hub.websocket("/subscriber")
+    async def subscriber(conn: Connection) -> None:
+        await conn.subscribe("news")
+        await conn.send("welcome")
+        try:
+            while True:
+                await conn.receive()
+        except ConnectionClosed as closed:
+            ends.append(closed)
+
+    @hub.websocket("/sender")
+    async def sender(conn: Connection) -> None:
+        await conn.send("welcome")
+        try:
+            while True:
+                await conn.send("x" * 4_000)
+        except ConnectionClosed as closed:
+            ends.append(closed)
+
+    app = wrapping(WebSocketMiddleware(Starlette(), hub=hub))
+    async with serve_with(server, app, sndbuf=16_384) as address, raw(address.port, f"/{kind}", rcvbuf=4096) as client:
+        assert await client.receive() == (TEXT, b"welcome")
+        for _ in range(100):
+            await hub.publish("news", "x" * 4_000)
+        await until(lambda: ends, 1.5)
+        assert (ends[0].code, ends[0].clean) == (1006, False)
+        # Should it read again, then it finds an end, not silence.
+        async with asyncio.timeout(2):
+            await client.drain()
 
 
 @pytest.mark.parametrize("ws", UVICORN)
