@@ -260,7 +260,7 @@ async def _connect(arguments: argparse.Namespace) -> int:
             if not task.cancelled():
                 task.result()
     code = websocket.close_code
-    screen.show("*", f"closed: {_close(code, websocket.close_reason)}")
+    screen.show("*", f"closed: {_close(code, websocket.close_reason)}", last=True)
     return 0 if code in (1000, 1001, 1005) else 1
 
 
@@ -323,14 +323,18 @@ class _Screen:
             self._source = os.fdopen(source.fileno(), encoding=source.encoding, errors="replace", closefd=False)
         self._shared = self.interactive and target.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
-    def show(self, direction: str, text: str) -> None:
-        """Print a line, with the time."""
+    def show(self, direction: str, text: str, *, last: bool = False) -> None:
+        """Print a line, with the time; the last one where somebody may have been typing."""
         line = f"{datetime.datetime.now():%H:%M:%S.%f}"[:-3] + f" {direction} {_escape(text)}"
-        if self._shared:
+        if self._shared and last:
+            line = f"\r\x1b[J{line}\n"
+        elif self._shared:
             # Keep the cursor where somebody may be typing; make room above that, print there, and come back.
             rows = -(-_width(line) // shutil.get_terminal_size().columns)
             line = "\x1b7" + "\n" * rows + f"\x1b[{rows}A\x1b[{rows}L\r{line}\n\x1b8\x1b[{rows}B"
-        self._target.write(line if self._shared else line + "\n")
+        else:
+            line += "\n"
+        self._target.write(line)
         self._target.flush()
 
     async def read(self) -> str | None:

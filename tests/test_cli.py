@@ -436,7 +436,8 @@ async def test_on_a_terminal_messages_stand_above_the_line_that_is_being_typed(
     monkeypatch.setattr("asgi_ws.cli._QUIET", 100)
     terminal.type("\x04")
     assert await running == 0
-    await terminal.until("closed: 1000 (OK)")
+    await terminal.until("closed: 1000 (OK)\r\n")
+    assert re.search(r"\r\x1b\[J[\d:.]+ \* closed: 1000 \(OK\)\r\n$", terminal.output)
 
 
 @pytest.mark.anyio
