@@ -88,7 +88,7 @@ async def test_one_stuck_client_among_200_is_cut_off_and_the_others_notice_nothi
     server: str, overflow: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "asgi_ws")
-    timeout = 1.5
+    timeout = 1.0
     feed = Feed(overflow=overflow, limits=Limits(outbox_size=65_536, write_timeout=timeout))
     async with (
         serve(feed.app, ws=server, sndbuf=16_384) as address,
