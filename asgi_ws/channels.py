@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from asgi_ws.exceptions import InvalidChannel
+
 __all__ = ["MAX_LENGTH", "Rule", "Rules", "check_name", "compile_pattern"]
 
 MAX_LENGTH = 255
@@ -15,14 +17,14 @@ _PARAMETER = re.compile(r"\{([^{}]*)\}")
 
 
 def check_name(channel: str) -> None:
-    """Raise `ValueError` unless `channel` is a string of 1 to 255 characters, none of which is a control character."""
+    """Raise `InvalidChannel` unless `channel` is a string of 1 to 255 characters without control characters."""
     if not isinstance(channel, str):
-        raise ValueError(f"a channel's name is a str, not {type(channel).__name__}")
+        raise InvalidChannel(f"a channel's name is a str, not {type(channel).__name__}")
     if not 0 < len(channel) <= MAX_LENGTH:
-        raise ValueError(f"a channel's name has 1 to {MAX_LENGTH} characters, not {len(channel)}")
+        raise InvalidChannel(f"a channel's name has 1 to {MAX_LENGTH} characters, not {len(channel)}")
     # Printable strings have no control characters, and this is the quick way to know.
     if not channel.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in channel):
-        raise ValueError(f"a channel's name has no control characters: {channel!r}")
+        raise InvalidChannel(f"a channel's name has no control characters: {channel!r}")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -15,10 +15,10 @@ from typing_extensions import TypeVar
 from asgi_ws._types import Handler
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
-from asgi_ws.exceptions import ConnectionClosed, InvalidMessage, SubscriptionDenied
+from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, SubscriptionDenied
 from asgi_ws.frames import Frame
 from asgi_ws.inbox import Inbox, Rate, size_of
-from asgi_ws.links import Link
+from asgi_ws.links import Link, ReceivingLink
 from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox
 from asgi_ws.payloads import to_json
@@ -76,12 +76,14 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._outbox: Outbox | None = None
         self._inbox: Inbox | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._closing: asyncio.Task[None] | None = None
+        self._rate: Rate | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._closed: ConnectionClosed | None = None
+        self._lost = False
         self._channels: set[str] = set()
         self._left = False
         self._handler: asyncio.Task[Any] | None = None
-        self._handler_receives = False
+        self._handler_listens = False
         self._handler_cancelled = False
         self._handler_timer: asyncio.TimerHandle | None = None
 
@@ -125,11 +127,16 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             raise self._closed.again() from error
         self.subprotocol = subprotocol
         limits = self._context.limits
-        self._link = find_link(self._exchange.send)
+        self._link = find_link(self._exchange.send, self.scope.get("extensions"))
         self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
         self._inbox = Inbox(limits)
-        self._context.connections.watch(self._link)
-        self._reader = asyncio.create_task(self._read(self._inbox), name="asgi_ws reader")
+        self._context.connections.watch(self._link, self)
+        if limits.messages_per_second is not None:
+            self._rate = Rate(limits.messages_per_second, limits.burst)
+        if hasattr(self._link, "listen"):
+            cast(ReceivingLink, self._link).listen(self, limits.message_size)
+        else:
+            self._reader = asyncio.create_task(self._read(self._inbox), name="asgi_ws reader")
 
     def _choose_subprotocol(self) -> str | None:
         offered = self.scope.get("subprotocols") or ()
@@ -150,7 +157,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         endpoint has an `on_invalid`, that is called instead and the next message is waited for.
         """
         inbox = self._opened(self._inbox)
-        self._handler_receives = True
+        self._handler_listens = True
         while True:
             while not inbox.messages:
                 if self._closed is not None:
@@ -194,7 +201,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """From the return of this call on, the client gets what is published to the channel. A second time is none.
 
         Raises `SubscriptionDenied` when the channel's rule says no or the connection has too many channels,
-        `ConnectionClosed`, and `ValueError` for a name that no channel has.
+        `ConnectionClosed`, and `InvalidChannel` for a name that no channel can have.
         """
         self._opened(self._outbox)
         check_name(channel)
@@ -257,7 +264,10 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 await self._leave_channels()
             if self._outbox is not None:
                 await self._close(*self._answer(error))
-            elif self._closed is None and error is None:
+            elif self._closed is not None:
+                # Gone before the handshake was finished: there is nobody to answer, and nobody's error.
+                self._exchange.ended = True
+            elif error is None:
                 error = HTTPException(403, "the connection was not accepted")
         finally:
             self._let_go()
@@ -310,6 +320,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 return 1008, str(error)
             case WebSocketException() if _may_be_sent(error.code):
                 return error.code, error.reason
+            case InvalidChannel():
+                # As often as not the name was made of what the client said.
+                return 1008, str(error)
             case HTTPException() if error.status_code < 500:
                 # FastAPI's may be anything that JSON can say.
                 return 1008, error.detail if isinstance(error.detail, str) else to_json(error.detail)
@@ -323,13 +336,14 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     async def _close(self, code: int, reason: str) -> None:
         link, outbox = cast(Link, self._link), cast(Outbox, self._outbox)
-        reason = _cut(reason)
-        flush = self._end(ConnectionClosed(code, reason), discard=False)
+        self._end(ConnectionClosed(code, _cut(reason)), discard=False)
+        closed = cast(ConnectionClosed, self._closed)
         try:
             async with asyncio.timeout(self._context.limits.write_timeout):
-                if flush:
-                    await outbox.flush()
-                    self._closing = link.close(code, reason)
+                await outbox.flush()
+                # Nobody else may have done it meanwhile, and there may be nobody any more to be told.
+                if self._closing is None and not self._lost:
+                    self._closing = link.close(closed.code, closed.reason)
                 if self._closing is not None:
                     await asyncio.wait([self._closing])
         except TimeoutError:
@@ -337,10 +351,11 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     def _let_go(self) -> None:
         """Whatever happened: end what was started for this connection."""
-        if self._link is None or self._outbox is None or self._reader is None:
+        if self._link is None or self._outbox is None:
             return
         self._exchange.ended = True
-        self._reader.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
         if self._end(ConnectionClosed(1006, clean=False), discard=True):
             # The server cancels its tasks: nobody will wait for a close frame.
             self._link.abort()
@@ -353,7 +368,10 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if self._closed is not None:
             return False
         self._closed = closed
-        cast(Outbox, self._outbox).end(closed, discard=discard)
+        outbox = cast(Outbox, self._outbox)
+        # Who waits to send hears of it there.
+        self._handler_listens |= outbox.awaited
+        outbox.end(closed, discard=discard)
         cast(Inbox, self._inbox).end(discard=False)
         # A handler that closes its own connection knows what it does; any other may be waiting for something else.
         if self._handler is not None and (discard or self._handler is not asyncio.current_task()):
@@ -362,7 +380,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     def _end_handler(self, handler: "asyncio.Task[Any]") -> None:
         """Let the handler finish what it has received; one that doesn't, or receives nothing at all, is cancelled."""
-        if self._handler_receives or handler is asyncio.current_task():
+        if self._handler_listens or handler is asyncio.current_task():
             stopping = self._closed is not None and self._closed.code == 1012
             delay = STOP_TIME if stopping else _FINISH
             self._handler_timer = asyncio.get_running_loop().call_later(delay, self._cancel_handler)
@@ -384,41 +402,54 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         logger.info("%r is too slow: more than %d bytes wait", self.scope["path"], self._context.limits.outbox_size)
         self._refuse(1013, "slow consumer")
 
+    # What comes in, from a link that hands it over or from a task that waits for it
+
     async def _read(self, inbox: Inbox) -> None:
         """Always be in `receive`, whatever the handler does: so pings are answered and the end is seen."""
-        limits = self._context.limits
-        largest = limits.message_size
-        rate = Rate(limits.messages_per_second, limits.burst) if limits.messages_per_second else None
         try:
-            while True:
+            while self._closed is None:
                 message = await self._exchange.receive()
                 if message["type"] != "websocket.receive":
-                    self._gone(_closed_by(message))
-                    return
-                if self._closed is not None:
+                    self.connection_lost(_closed_by(message))
                     return
                 text = message.get("text")
-                payload: str | bytes = bytes(message["bytes"]) if text is None else text
-                size = size_of(payload)
-                if largest is not None and size > largest:
-                    self._refuse(1009, f"a message can have {largest} bytes, not {size}")
-                    return
-                if rate is not None and not rate.allows():
-                    logger.warning("%r sends more than %s messages a second", self.scope["path"], rate.per_second)
-                    self._refuse(1008, "too many messages")
-                    return
-                inbox.put(payload, size)
+                self.message_received(bytes(message["bytes"]) if text is None else text)
                 if inbox.full:
-                    await inbox.new_room()
+                    await inbox.room()
         except Exception:
             logger.debug("receiving from %r failed", self.scope["path"], exc_info=True)
-            self._gone(ConnectionClosed(1006, clean=False))
+            self.connection_lost(ConnectionClosed(1006, clean=False))
 
-    def _gone(self, closed: ConnectionClosed) -> None:
+    def message_received(self, payload: str | bytes) -> None:
+        """A message of the client's. Called by the link; never waits, never raises."""
+        if self._closed is not None:
+            return
+        inbox, largest = cast(Inbox, self._inbox), self._context.limits.message_size
+        size = size_of(payload)
+        if largest is not None and size > largest:
+            self._refuse(1009, f"a message can have {largest} bytes, not {size}")
+        elif self._rate is not None and not self._rate.allows():
+            logger.warning("%r sends more than %s messages a second", self.scope["path"], self._rate.per_second)
+            self._refuse(1008, "too many messages")
+        else:
+            inbox.put(payload, size)
+            if self._reader is None and inbox.full:
+                link = cast(ReceivingLink, self._link)
+                link.pause_reading()
+                inbox.on_room = link.resume_reading
+
+    def connection_lost(self, closed: ConnectionClosed) -> None:
+        """The client is gone. Called by the link; never waits, never raises."""
+        self._lost = True
         self._end(closed, discard=True)
         if closed.code == 1012:
-            # The server stops and has said so to the client; it waits until the transport is empty.
-            self._context.connections.abort_soon(cast(Link, self._link))
+            # The server stops, has said so to the client, and waits until the transport is empty.
+            self._context.connections.drain(cast(Link, self._link))
+
+    def server_stopping(self) -> None:
+        """Send what waits, and close with 1012. Called by the link; never waits, never raises."""
+        if self._end(ConnectionClosed(1012), discard=False):
+            self._context.connections.drain(cast(Link, self._link))
 
     def _opened(self, part: T | None) -> T:
         """A part of an open connection. Raises `ConnectionClosed`, or `RuntimeError` before the handshake."""

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from asgi_ws._types import Overflow
 from asgi_ws.channels import Rules, check_name
-from asgi_ws.exceptions import HubNotRunning
+from asgi_ws.exceptions import ConnectionClosed, HubNotRunning
 from asgi_ws.limits import Limits
-from asgi_ws.links import Link
+from asgi_ws.links import Link, Receiver
 from asgi_ws.messages import Position
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.payloads import encode
@@ -33,9 +33,10 @@ STOP_TIME = 1.0
 class _Watched:
     """What is known of a link from one look to the next."""
 
-    __slots__ = ("leaving", "looks", "taken")
+    __slots__ = ("leaving", "looks", "receiver", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
         self.taken = 0
         self.looks = 0
         self.leaving = False
@@ -79,9 +80,9 @@ class Connections:
         if not self._addresses[address]:
             del self._addresses[address]
 
-    def watch(self, link: Link) -> None:
-        """Look after a link until `leave`, and then until it is empty."""
-        self._links[link] = _Watched()
+    def watch(self, link: Link, receiver: Receiver) -> None:
+        """Look after a link until `leave`, and then until it is empty. `receiver` is told when it is aborted."""
+        self._links[link] = _Watched(receiver)
         if self._timer is None:
             self._look_later()
 
@@ -92,10 +93,19 @@ class Connections:
         else:
             del self._links[link]
 
-    def abort_soon(self, link: Link) -> None:
-        """The server stops and waits for this client: give it a second to take what it was sent."""
-        if link.buffered:
-            asyncio.get_running_loop().call_later(STOP_TIME, link.abort)
+    def drain(self, link: Link) -> None:
+        """The server stops and waits for this client: for as long as it takes what it was sent, and until the drain
+        time is over."""
+        self._drain(link, -1, self._limits.drain_timeout)
+
+    def _drain(self, link: Link, taken_before: int, left: float) -> None:
+        buffered = link.buffered
+        taken = link.written - buffered
+        if taken_before >= 0 and buffered and (taken == taken_before or left <= 0):
+            link.abort()
+        elif taken_before < 0 or buffered:
+            loop = asyncio.get_running_loop()
+            loop.call_later(STOP_TIME, self._drain, link, taken, left - STOP_TIME)
 
     def stop(self) -> None:
         """Abort what is left, and look no more."""
@@ -123,6 +133,8 @@ class Connections:
             if watched.looks >= self._LOOKS - 1:
                 logger.info("aborting a connection that took nothing for %s s", self._limits.write_timeout)
                 link.abort()
+                # Not every server tells.
+                watched.receiver.connection_lost(ConnectionClosed(1006, clean=False))
                 watched.looks = 0
             if watched.leaving and not link.buffered:
                 del self._links[link]

@@ -3,6 +3,7 @@
 AsgiWsError
 ├── ConnectionClosed      the client is gone, or we closed the connection
 ├── InvalidMessage        the client sent what can't be read
+├── InvalidChannel        no channel can have this name
 ├── SubscriptionDenied    a rule or a limit said no
 ├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
 ├── HubNotRunning         the hub was used before it was started
@@ -14,6 +15,7 @@ __all__ = [
     "BrokerError",
     "ConnectionClosed",
     "HubNotRunning",
+    "InvalidChannel",
     "InvalidMessage",
     "SubscriberTooSlow",
     "SubscriptionDenied",
@@ -57,6 +59,11 @@ class InvalidMessage(AsgiWsError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class InvalidChannel(AsgiWsError, ValueError):
+    """No channel can have this name. Where nobody catches it, the connection whose handler used it is closed with
+    1008."""
 
 
 class SubscriptionDenied(AsgiWsError):

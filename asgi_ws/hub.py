@@ -165,8 +165,8 @@ class Hub:
         published to a channel in the same order. Returns the publication's position when the broker has it; the
         memory broker has delivered it by then. Slow clients are not waited for.
 
-        Raises `HubNotRunning`, `BrokerError` when the publication may not have gone out, `ValueError` for a name that
-        no channel has and `TypeError` for data that can't be encoded.
+        Raises `HubNotRunning`, `BrokerError` when the publication may not have gone out, `InvalidChannel` for a name
+        that no channel can have and `TypeError` for data that can't be encoded.
         """
         sender = exclude.id if isinstance(exclude, Connection) else exclude
         return await self._context.publish(channel, data, sender=sender)
@@ -179,7 +179,7 @@ class Hub:
                     ...
 
         Up to `limits.outbox_size` bytes wait to be read; then the iterator raises `SubscriberTooSlow`. It ends when
-        the hub stops. Raises `HubNotRunning`, and `ValueError` for a name that no channel has.
+        the hub stops. Raises `HubNotRunning`, and `InvalidChannel` for a name that no channel can have.
         """
         check_name(channel)
         return Subscription(self._context.pubsub, channel, self._context.limits.outbox_size)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 from asgi_ws.limits import Limits
 
@@ -15,7 +16,7 @@ _SIZE = 1024 * 1024
 class Inbox:
     """What the client has sent and the handler has not received yet, bounded in messages and in bytes."""
 
-    __slots__ = ("_largest", "_most", "_reader", "_receiver", "_size", "messages")
+    __slots__ = ("_largest", "_most", "_receiver", "_size", "messages", "on_room")
 
     def __init__(self, limits: Limits) -> None:
         self.messages: deque[str | bytes] = deque()
@@ -23,7 +24,8 @@ class Inbox:
         self._most = limits.inbox_messages
         self._largest = limits.message_size or _SIZE
         self._receiver: asyncio.Future[None] | None = None
-        self._reader: asyncio.Future[None] | None = None
+        self.on_room: Callable[[], None] | None = None
+        """Called once, when an inbox that was full has room again."""
 
     def put(self, payload: str | bytes, size: int) -> None:
         self.messages.append(payload)
@@ -34,8 +36,8 @@ class Inbox:
     def take(self) -> str | bytes:
         payload = self.messages.popleft()
         self._size -= size_of(payload)
-        if self._reader is not None and not self.full:
-            self.wake_reader()
+        if self.on_room is not None and not self.full:
+            self._tell_room()
         return payload
 
     @property
@@ -49,14 +51,21 @@ class Inbox:
         self._receiver = asyncio.get_running_loop().create_future()
         return self._receiver
 
-    def new_room(self) -> asyncio.Future[None]:
-        """What is done when there is room again."""
-        self._reader = asyncio.get_running_loop().create_future()
-        return self._reader
+    def room(self) -> asyncio.Future[None]:
+        """What is done when there is room again, or nothing is to come any more."""
+        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        def tell() -> None:
+            if not room.done():
+                room.set_result(None)
+
+        self.on_room = tell
+        return room
+
+    def _tell_room(self) -> None:
+        if self.on_room is not None:
+            on_room, self.on_room = self.on_room, None
+            on_room()
 
     def end(self, *, discard: bool) -> None:
         """Nothing more will come."""
@@ -65,7 +74,7 @@ class Inbox:
             self._size = 0
         if self._receiver is not None and not self._receiver.done():
             self._receiver.set_result(None)
-        self.wake_reader()
+        self._tell_room()
 
 
 class Rate:

@@ -39,8 +39,8 @@ class Link(typing.Protocol):
         """Send a frame. `True`: more may come; `False`: the client is behind, wait for `on_ready`."""
         ...
 
-    def close(self, code: int, reason: str) -> asyncio.Task[None]:
-        """Send a close frame behind what has been written. The task ends when the server has taken it."""
+    def close(self, code: int, reason: str) -> "asyncio.Future[None]":
+        """Send a close frame behind what has been written. The future is done when the server has taken it."""
         ...
 
     def abort(self) -> None:
@@ -56,20 +56,19 @@ class Link(typing.Protocol):
 class Receiver(typing.Protocol):
     """Whatever a client's messages are handed to. Nothing here waits, and nothing raises."""
 
-    def take(self, payload: str | bytes) -> None:
-        """A message of the client's."""
+    def message_received(self, payload: str | bytes) -> None:
+        """A message has come."""
         ...
 
-    def gone(self, closed: ConnectionClosed) -> None:
+    def connection_lost(self, closed: ConnectionClosed) -> None:
         """The client is gone, or the server has ended the connection; nothing comes any more."""
         ...
 
-    def stop(self) -> None:
-        """The server stops: send what waits, and then a close frame with code 1012."""
+    def server_stopping(self) -> None:
+        """The server stops: the client is to be sent what waits, and then a close frame with code 1012."""
         ...
 
 
-@typing.runtime_checkable
 class ReceivingLink(Link, typing.Protocol):
     """A link that hands messages in by itself, so that no task has to wait for them."""
 
@@ -108,7 +107,8 @@ class AsgiLink:
         self.written += frame.size
         key = "text" if isinstance(frame.payload, str) else "bytes"
         self._push({"type": "websocket.send", key: frame.payload}, frame.size)
-        self._behind = self._buffered >= _HIGH_WATER
+        # Until `on_ready`: what was behind at the upper mark stays so down to the lower one.
+        self._behind = self._behind or self._buffered >= _HIGH_WATER
         return not self._behind
 
     def close(self, code: int, reason: str) -> asyncio.Task[None]:

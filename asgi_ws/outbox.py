@@ -61,6 +61,11 @@ class Outbox:
         """How many publications the policy has dropped."""
         return self.drops.total() if self.drops else 0
 
+    @property
+    def awaited(self) -> bool:
+        """Whether a handler waits in `put`."""
+        return any(waiting.sent is not None for waiting in self._frames)
+
     def push(self, frame: Frame, channel: str) -> None:
         """Take a publication for this client. Never waits, never raises."""
         if not self._behind:

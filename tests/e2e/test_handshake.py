@@ -371,10 +371,9 @@ async def test_parameter_that_is_not_valid_is_refused_with_the_reason(server: st
         assert b"integer" in response.body
 
 
-no_error = pytest.mark.xfail(strict=True, reason="what `accept` raises goes up to the server, which logs it")
 
 
-@pytest.mark.parametrize("server", [*(pytest.param(server, marks=no_error) for server in UVICORN), "hypercorn"])
+@pytest.mark.parametrize("server", [*UVICORN, "hypercorn"])
 async def test_client_that_leaves_during_the_handshake_is_nobodys_error(
     server: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -219,7 +219,6 @@ def wrapping(app: ASGIApp) -> ASGIApp:
     return wrapped
 
 
-@pytest.mark.xfail(strict=True, reason="aborting an AsgiLink doesn't end the connection")
 @pytest.mark.parametrize(
     ("server", "kind"), [(UVICORN[0], "subscriber"), (UVICORN[0], "sender"), (SERVERS[-1], "subscriber")]
 )
