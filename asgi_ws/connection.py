@@ -156,12 +156,22 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         raises `InvalidMessage`, which closes the connection with 1007 unless the handler catches it; where the
         endpoint has an `on_invalid`, that is called instead and the next message is waited for.
         """
+        return await self._next(False)
+
+    def __aiter__(self) -> "Connection[In, Out]":
+        """Iterate over the client's messages until the connection is closed, whoever closes it and however."""
+        return self
+
+    def __anext__(self) -> Awaitable[In]:
+        return self._next(True)
+
+    async def _next(self, iterating: bool) -> In:
         inbox = self._opened(self._inbox)
         self._handler_listens = True
         while True:
             while not inbox.messages:
                 if self._closed is not None:
-                    raise self._closed.again()
+                    raise StopAsyncIteration if iterating else self._closed.again()
                 await inbox.new_receiver()
             try:
                 return self._protocol.decode(inbox.take())
@@ -169,16 +179,6 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 if self._on_invalid is None:
                     raise
                 await self._on_invalid(self, error)
-
-    def __aiter__(self) -> "Connection[In, Out]":
-        """Iterate over the client's messages until the connection is closed, whoever closes it and however."""
-        return self
-
-    async def __anext__(self) -> In:
-        try:
-            return await self.receive()
-        except ConnectionClosed:
-            raise StopAsyncIteration from None
 
     # Messages out
 

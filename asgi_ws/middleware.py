@@ -36,7 +36,6 @@ class WebSocketMiddleware:
             raise TypeError(f"hub={hub!r}: give the Hub that your endpoints are registered with")
         self.app = app
         self.hub = hub
-        self._endpoints: ASGIApp | None = None
         self._segments: set[str] = set()
         self._indexed = 0
 
@@ -58,33 +57,29 @@ class WebSocketMiddleware:
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Also for endpoints that the application's own router calls, with something wrapped around `send`.
         exchange = scope.setdefault("asgi_ws", Exchange(receive, send))
+        answer = _until_ended(exchange, scope)
         found = self._find(scope)
-        answering = self.app
-        if found is not None:
-            scope["route"], child_scope = found
-            scope.update(child_scope)
-            answering = self._answering(scope.get("app", self.app))
         try:
-            await answering(scope, receive, _until_ended(exchange, scope))
-        except Exception:
-            # Answered and, where it was nobody's intention, logged; it went on only for the dependencies to see.
+            if found is None:
+                await self.app(scope, receive, answer)
+            else:
+                route, child_scope = found
+                scope.update(child_scope, route=route)
+                # Those of an application that this one is mounted in.
+                scope.pop("starlette.exception_handlers", None)
+                current_app.set(scope.get("app", self.app))
+                # Before any dependency is asked.
+                self.hub.context.admit(scope, exchange)
+                await route.app(scope, receive, answer)
+        except Exception as error:
+            # What ended a connection that was served was answered and, where it was nobody's intention, logged; it
+            # went on only for the dependencies to see.
             if not exchange.ended:
-                raise
+                if found is None:
+                    raise
+                await _answer(error, scope, receive, answer)
         finally:
             exchange.leave()
-
-    def _answering(self, application: Any) -> ASGIApp:
-        """The endpoints, with the exception handlers of the application around them."""
-        current_app.set(application)
-        if self._endpoints is None:
-            # Made with the first connection: by now the application has its exception handlers.
-            self._endpoints = ExceptionMiddleware(self._admit, _exception_handlers(application))
-        return self._endpoints
-
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Before any dependency is asked; and not for longer than this request.
-        self.hub.context.admit(scope, scope["asgi_ws"])
-        await scope["route"].app(scope, receive, send)
 
     def _find(self, scope: Scope) -> tuple[WebSocketRoute, Scope] | None:
         for route in self.hub.routes:
@@ -178,6 +173,15 @@ def _until_ended(exchange: Exchange, scope: Scope) -> Send:
             await exchange.send({"type": "websocket.close", "code": 1008})
 
     return send
+
+
+async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer to an exception before the handshake as the application does. Raises it where there is no answer."""
+
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    await ExceptionMiddleware(fail, _exception_handlers(current_app.get()))(scope, receive, send)
 
 
 def _exception_handlers(application: Any) -> dict[Any, Any]:
