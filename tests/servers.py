@@ -17,8 +17,10 @@ from starlette.types import ASGIApp
 
 ROOT = Path(__file__).parent.parent
 
-UVICORN = ("websockets-sansio", "wsproto")
-"""uvicorn's WebSocket classes, by the names that `--ws` has for them."""
+STOCK = ("websockets-sansio", "wsproto")
+OURS = "asgi_ws.uvicorn:WebSocketProtocol"
+UVICORN = (*STOCK, OURS)
+"""WebSocket classes for uvicorn, by the names that `--ws` has for them."""
 SERVERS = (*UVICORN, "hypercorn")
 """What `serve_with` knows."""
 

@@ -12,13 +12,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.frames import Frame
 from asgi_ws.links import AsgiLink, Link
-from asgi_ws.uvicorn import UvicornLink, find_link
+from asgi_ws.uvicorn import TransportLink, find_link
 from tests.e2e.clients import BINARY, CLOSE, TEXT, RawClient, close_frame, raw, until
-from tests.servers import Address, serve_with
+from tests.servers import OURS, Address, serve_with
 
 pytestmark = pytest.mark.anyio
 
-KINDS = ("recorder", "websockets-sansio", "websockets-sansio on uvloop", "wsproto", "hypercorn")
+KINDS = (
+    "recorder",
+    "websockets-sansio",
+    "websockets-sansio on uvloop",
+    "wsproto",
+    OURS,
+    f"{OURS} on uvloop",
+    "hypercorn",
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -106,7 +114,7 @@ def handing_over(links: "asyncio.Future[Link]") -> ASGIApp:
             return
         await receive()
         await send({"type": "websocket.accept"})
-        links.set_result(find_link(send))
+        links.set_result(find_link(send, scope["extensions"]))
         while (await receive())["type"] != "websocket.disconnect":
             pass
 
@@ -278,7 +286,7 @@ async def test_after_abort_nothing_waits_and_nothing_is_sent(opened: Open) -> No
         # uvloop frees what was buffered in its next iteration.
         await until(lambda: at.link.buffered == 0, 0.1)
         at.link.abort()
-        if isinstance(at.link, UvicornLink) and isinstance(at.client, SocketClient):
+        if isinstance(at.link, TransportLink) and isinstance(at.client, SocketClient):
             # The connection itself is cut: no close frame, and not all that was written.
             frames = await at.client.drain()
             assert len(frames) < count

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.links import AsgiLink, Link
-from asgi_ws.uvicorn import UvicornLink, find_link, worker_count
+from asgi_ws.uvicorn import UvicornLink, WebSocketProtocol, find_link, worker_count
 from tests.e2e.clients import connect
-from tests.servers import UVICORN, serve, serve_with
+from tests.servers import OURS, STOCK, serve, serve_with
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +25,7 @@ class Finder:
         self.links: list[Link] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.links.append(find_link(send))
+        self.links.append(find_link(send, scope.get("extensions")))
         await receive()
         await send({"type": "websocket.accept"})
         await send({"type": "websocket.close"})
@@ -42,12 +43,20 @@ def wrapping(app: ASGIApp) -> ASGIApp:
     return wrapped
 
 
-@pytest.mark.parametrize("ws", UVICORN)
+@pytest.mark.parametrize("ws", STOCK)
 async def test_frames_go_to_the_transport_of_both_of_uvicorns_classes(ws: str) -> None:
     finder = Finder()
     async with serve(finder, ws=ws, lifespan="off") as address, connect(address.ws):
         pass
     assert [type(link) for link in finder.links] == [UvicornLink]
+
+
+@pytest.mark.parametrize("front", [lambda app: app, wrapping], ids=["alone", "behind a middleware"])
+async def test_our_own_class_is_the_link_itself(front: Callable[[ASGIApp], ASGIApp]) -> None:
+    finder = Finder()
+    async with serve(front(finder), ws=OURS, lifespan="off") as address, connect(address.ws):
+        pass
+    assert [type(link) for link in finder.links] == [WebSocketProtocol]
 
 
 async def test_proxy_headers_do_not_hide_the_transport() -> None:

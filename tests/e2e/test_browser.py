@@ -7,7 +7,7 @@ import pytest
 from asgi_ws import demo
 from examples import chat
 from tests.e2e.node import Browser, Page, chromium
-from tests.servers import serve
+from tests.servers import OURS, STOCK, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -39,9 +39,10 @@ def shows(text: str) -> str:
 # examples/chat.html
 
 
-async def test_two_pages_chat(browser: Browser) -> None:
+@pytest.mark.parametrize("ws", [STOCK[0], OURS])
+async def test_two_pages_chat(ws: str, browser: Browser) -> None:
     async with (
-        serve(chat.app) as server,
+        serve(chat.app, ws=ws) as server,
         browser.page(f"{server.http}/#garden") as ann,
         browser.page(f"{server.http}/#garden") as bob,
         browser.page(server.http) as eve,
@@ -60,9 +61,10 @@ async def test_two_pages_chat(browser: Browser) -> None:
         assert await texts(eve, "#room") == ["lobby"]
 
 
-async def test_all_four_states_and_events_are_seen(browser: Browser) -> None:
+@pytest.mark.parametrize("ws", [STOCK[0], OURS])
+async def test_all_four_states_and_events_are_seen(ws: str, browser: Browser) -> None:
     async with browser.page("about:blank") as page:
-        async with serve(chat.app) as server:
+        async with serve(chat.app, ws=ws) as server:
             # What #state showed, from its first text on.
             await page.addInitScript(
                 "window.seen = []; new MutationObserver(() => {"

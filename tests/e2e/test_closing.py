@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from asgi_ws import Connection, ConnectionClosed, Hub, Limits, WebSocketMiddleware
 from asgi_ws.brokers import MemoryBroker
 from tests.e2e.clients import BINARY, CLOSE, TEXT, RawClient, close_frame, connect, end_of, masked, raw, until
-from tests.servers import SERVERS, UVICORN, serve, serve_with
+from tests.servers import OURS, SERVERS, UVICORN, serve, serve_with
 
 pytestmark = pytest.mark.anyio
 
@@ -118,8 +118,10 @@ async def test_exception_of_the_framework_keeps_its_code_and_reason(
         # Where uvicorn runs wsproto, it ends the connection without a close frame for the likes of these.
         ("websockets-sansio", masked(TEXT, b"\xff\xfe"), 1007),
         ("websockets-sansio", masked(3, b"reserved"), 1002),
+        (OURS, masked(TEXT, b"x" * 2_000), 1009),
+        (OURS, masked(TEXT, b"\xff\xfe"), 1007),
+        (OURS, masked(3, b"reserved"), 1002),
     ],
-    ids=["too big", "too big for wsproto", "not UTF-8", "reserved opcode"],
 )
 async def test_nothing_follows_the_servers_own_close_frame(server: str, message: bytes, code: int) -> None:
     """uvicorn closes with codes of its own while publications are on their way."""

@@ -44,8 +44,8 @@ async def test_handler_that_never_receives_keeps_its_client_beyond_the_keepalive
         ticks_seen = 0
         async with asyncio.timeout(10):
             while time.monotonic() - begin < 4.5:
-                assert await clients[0].recv() == "tick"
-                assert await clients[2].recv() == "tick"
+                for client in clients[::2]:
+                    assert await client.recv() == "tick"
                 ticks_seen += 1
         assert ticks_seen > 20
         for client in clients:

@@ -9,10 +9,11 @@ from starlette.exceptions import HTTPException
 from asgi_ws import Connection, Hub, WebSocketMiddleware
 from examples import broadcast_to_all, chat, echo, game
 from tests.e2e.node import NodeClient, node_client
-from tests.servers import serve
+from tests.servers import OURS, STOCK, serve
 
 pytestmark = pytest.mark.anyio
 
+each_class = pytest.mark.parametrize("ws", [STOCK[0], OURS])
 CLOSE_CODES = [(1000, ""), (1001, "going"), (4001, "grüße"), (3000, "x" * 123)]
 
 
@@ -20,9 +21,10 @@ async def no_page(scope: object, receive: object, send: object) -> None:
     raise AssertionError("only the hub is asked")
 
 
-async def test_text_and_binary_come_back() -> None:
+@each_class
+async def test_text_and_binary_come_back(ws: str) -> None:
     messages: list[str | bytes] = ["hello", "", "grüße 👋", b"\x00\xff", b"", "a" * 200_000, bytes(200_000)]
-    async with serve(echo.app) as server, node_client(f"{server.ws}/echo") as client:
+    async with serve(echo.app, ws=ws) as server, node_client(f"{server.ws}/echo") as client:
         await client.event("upgrade")
         await client.event("open")
         for message in messages:
@@ -39,9 +41,10 @@ async def join(client: NodeClient, name: str) -> None:
         pass
 
 
-async def test_a_chat_between_two() -> None:
+@each_class
+async def test_a_chat_between_two(ws: str) -> None:
     async with (
-        serve(chat.app) as server,
+        serve(chat.app, ws=ws) as server,
         node_client(f"{server.ws}/chat/lobby") as ann,
         node_client(f"{server.ws}/chat/lobby") as bob,
         node_client(f"{server.ws}/chat/other") as eve,
@@ -88,7 +91,8 @@ async def test_the_server_sees_the_clients_code_and_reason(code: int, reason: st
 
 
 @pytest.mark.parametrize(("code", "reason"), CLOSE_CODES)
-async def test_the_client_sees_the_servers_code_and_reason(code: int, reason: str) -> None:
+@each_class
+async def test_the_client_sees_the_servers_code_and_reason(ws: str, code: int, reason: str) -> None:
     hub = Hub()
 
     @hub.websocket("/")
@@ -96,23 +100,25 @@ async def test_the_client_sees_the_servers_code_and_reason(code: int, reason: st
         await conn.send("last")
         await conn.close(code, reason)
 
-    async with serve(WebSocketMiddleware(no_page, hub=hub)) as server, node_client(server.ws) as client:
+    async with serve(WebSocketMiddleware(no_page, hub=hub), ws=ws) as server, node_client(server.ws) as client:
         await client.event("upgrade")
         await client.event("open")
         assert await client.receive() == "last"
         assert await client.event("close") == {"code": code, "reason": reason}
 
 
-async def test_the_client_is_told_that_the_server_stops() -> None:
+@each_class
+async def test_the_client_is_told_that_the_server_stops(ws: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serve(chat.app))
+        server = await stack.enter_async_context(serve(chat.app, ws=ws))
         async with node_client(f"{server.ws}/chat/lobby") as client:
             await join(client, "hello")
             await stack.aclose()
             assert (await client.event("close"))["code"] == 1012
 
 
-async def test_subprotocol_and_headers_go_both_ways() -> None:
+@each_class
+async def test_subprotocol_and_headers_go_both_ways(ws: str) -> None:
     hub = Hub()
 
     @hub.websocket("/", subprotocols=["v2", "v1"], accept=False)
@@ -121,7 +127,7 @@ async def test_subprotocol_and_headers_go_both_ways() -> None:
         await conn.send(str(conn.subprotocol))
 
     async with (
-        serve(WebSocketMiddleware(no_page, hub=hub)) as server,
+        serve(WebSocketMiddleware(no_page, hub=hub), ws=ws) as server,
         node_client(server.ws, protocols=["v0", "v1", "v2"], headers={"X-Question": "why"}) as client,
     ):
         assert (await client.event("upgrade"))["headers"]["x-answer"] == "WHY"
@@ -145,7 +151,8 @@ async def test_a_client_without_the_needed_subprotocol_is_refused() -> None:
         assert "v1" in answer["body"]
 
 
-async def test_a_refusal_is_an_answer_with_its_headers_and_body() -> None:
+@each_class
+async def test_a_refusal_is_an_answer_with_its_headers_and_body(ws: str) -> None:
     hub = Hub()
 
     @hub.on_connect
@@ -156,7 +163,7 @@ async def test_a_refusal_is_an_answer_with_its_headers_and_body() -> None:
     async def not_reached(conn: Connection) -> None:
         raise AssertionError("not reached")
 
-    async with serve(WebSocketMiddleware(no_page, hub=hub)) as server, node_client(server.ws) as client:
+    async with serve(WebSocketMiddleware(no_page, hub=hub), ws=ws) as server, node_client(server.ws) as client:
         answer = await client.event("unexpected-response")
         assert (answer["status"], answer["body"]) == (401, "a token is needed")
         assert answer["headers"]["www-authenticate"] == "Bearer"
@@ -168,8 +175,9 @@ async def test_a_dependency_refuses_with_an_answer() -> None:
         assert (answer["status"], answer["body"]) == (401, '{"detail":"a token is needed"}')
 
 
-async def test_pings_are_answered() -> None:
-    async with serve(echo.app) as server, node_client(f"{server.ws}/echo") as client:
+@each_class
+async def test_pings_are_answered(ws: str) -> None:
+    async with serve(echo.app, ws=ws) as server, node_client(f"{server.ws}/echo") as client:
         await client.event("upgrade")
         await client.event("open")
         client.command(ping="are you there?")
@@ -177,10 +185,11 @@ async def test_pings_are_answered() -> None:
 
 
 @pytest.mark.parametrize("deflate", [True, False, {"clientNoContextTakeover": True, "serverMaxWindowBits": 10}])
-async def test_compressed_or_not_every_message_arrives(deflate: bool | dict[str, object]) -> None:
+@each_class
+async def test_compressed_or_not_every_message_arrives(ws: str, deflate: bool | dict[str, object]) -> None:
     messages: list[str | bytes] = ["short", "compressible " * 5000, bytes(100_000), "", "ü" * 3000]
     async with (
-        serve(broadcast_to_all.app) as server,
+        serve(broadcast_to_all.app, ws=ws) as server,
         node_client(server.ws, perMessageDeflate=deflate) as client,
     ):
         headers = (await client.event("upgrade"))["headers"]

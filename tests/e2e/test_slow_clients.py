@@ -29,7 +29,7 @@ from tests.e2e.clients import (
     settled,
     until,
 )
-from tests.servers import SERVERS, UVICORN, UvicornServer, run_uvicorn, serve, serve_with
+from tests.servers import OURS, SERVERS, STOCK, UVICORN, UvicornServer, run_uvicorn, serve, serve_with
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +83,7 @@ async def stuck_client(port: int, name: str = "stuck") -> AsyncIterator[RawClien
 
 
 @pytest.mark.parametrize(
-    ("server", "overflow"), [*((UVICORN[0], policy) for policy in POLICIES), (UVICORN[1], "close")]
+    ("server", "overflow"), [*((OURS, policy) for policy in POLICIES), *((server, "close") for server in STOCK)]
 )
 async def test_one_stuck_client_among_200_is_cut_off_and_the_others_notice_nothing(
     server: str, overflow: str, caplog: pytest.LogCaptureFixture
@@ -220,7 +220,7 @@ def wrapping(app: ASGIApp) -> ASGIApp:
 
 
 @pytest.mark.parametrize(
-    ("server", "kind"), [(UVICORN[0], "subscriber"), (UVICORN[0], "sender"), (SERVERS[-1], "subscriber")]
+    ("server", "kind"), [(STOCK[0], "subscriber"), (STOCK[0], "sender"), (SERVERS[-1], "subscriber")]
 )
 async def test_where_a_client_cannot_be_cut_off_its_connection_is_left_all_the_same(server: str, kind: str) -> None:
     hub = Hub(overflow="drop_oldest", limits=Limits(outbox_size=65_536, write_timeout=0.5))
