@@ -371,8 +371,6 @@ async def test_parameter_that_is_not_valid_is_refused_with_the_reason(server: st
         assert b"integer" in response.body
 
 
-
-
 @pytest.mark.parametrize("server", [*UVICORN, "hypercorn"])
 async def test_client_that_leaves_during_the_handshake_is_nobodys_error(
     server: str, caplog: pytest.LogCaptureFixture
