@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -17,8 +18,10 @@ import threading
 import typing
 import unicodedata
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TextIO
+
+from asgi_ws import deployment
 
 if typing.TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
@@ -56,6 +59,10 @@ _ESCAPES = {code: repr(chr(code))[1:-1] for code in _UNPRINTABLE}
 class CommandFailed(Exception):
     """A command can't do what it was asked for; its words are all that the user sees."""
 
+    def __init__(self, words: str, code: int = 1) -> None:
+        super().__init__(words)
+        self.code = code
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return the process's exit code."""
@@ -68,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except CommandFailed as failed:
         print(f"asgi-ws: {_escape(str(failed))}", file=sys.stderr)
-        return 1
+        return failed.code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -110,6 +117,26 @@ def _parser() -> argparse.ArgumentParser:
     block.add_argument("--origin", metavar="URL", type=_header_value, help="be a page of this origin")
     block.set_defaults(command=connect)
 
+    # What follows is for uvicorn, options and all: here, nothing looks like an option.
+    block = commands.add_parser(
+        "run", help="serve an application with uvicorn and asgi_ws's WebSocket class", prefix_chars="\0", add_help=False
+    )
+    block.add_argument("options", nargs=argparse.REMAINDER)
+    block.set_defaults(command=run)
+
+    block = commands.add_parser(
+        "doctor",
+        help="say what the deployment of an application lacks",
+        description="Import an application and say what its deployment lacks, one line each, with the fix.",
+        epilog="The exit code is 0 when nothing is found.",
+    )
+    block.add_argument("app", metavar="APP", help="as for uvicorn: main:app")
+    block.add_argument("--factory", action="store_true", help="APP is a function that returns the application")
+    block.add_argument("--app-dir", metavar="DIR", default="", help="look for APP there (default: this directory)")
+    block.add_argument("--workers", metavar="N", type=_count, help="how many processes there will be")
+    block.add_argument("--command", metavar="'uvicorn ...'", dest="server", help="check what starts the server, too")
+    block.set_defaults(command=doctor)
+
     return parser
 
 
@@ -146,6 +173,46 @@ def connect(arguments: argparse.Namespace) -> int:
     return asyncio.run(_connect(arguments))
 
 
+def run(arguments: argparse.Namespace) -> int:
+    """Serve an application with uvicorn. All options are uvicorn's own; some have better defaults."""
+    uvicorn = _standard("uvicorn")
+    import click
+
+    try:
+        # By this way the user's options win, those in the environment as well, and --help shows these defaults.
+        context = uvicorn.main.make_context("asgi-ws run", arguments.options, default_map=dict(deployment.SETTINGS))
+        with context:
+            _check_port(context.params)
+            uvicorn.main.invoke(context)
+    except click.ClickException as error:
+        words = " ".join(error.format_message().split()).removesuffix(".")
+        raise CommandFailed(f"{words} (see asgi-ws run --help)", error.exit_code) from error
+    except click.exceptions.Exit as shown:  # --help, --version
+        return shown.exit_code
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Say what an application's deployment lacks."""
+    sys.path.insert(0, arguments.app_dir)
+    try:
+        application = deployment.load(arguments.app, factory=arguments.factory)
+        findings = deployment.examine(application, arguments.server, arguments.workers)
+    except deployment.Unusable as unusable:
+        raise CommandFailed(str(unusable)) from unusable
+    count = {0: "nothing is missing", 1: "1 finding"}.get(len(findings), f"{len(findings)} findings")
+    print(f"{arguments.app}: {count}")
+    for finding in findings:
+        print(f"- {finding}")
+    if arguments.server is None:
+        # What it doesn't see is the command line.
+        options = [f"--app-dir {shlex.quote(arguments.app_dir)}"] if arguments.app_dir else []
+        options += ["--factory"] if arguments.factory else []
+        options += [f"--workers {arguments.workers}"] if arguments.workers else []
+        print(" ".join(["Start it with: asgi-ws run", arguments.app, *options]))
+    return 1 if findings else 0
+
+
 # Arguments
 
 
@@ -159,6 +226,12 @@ class _Parser(argparse.ArgumentParser):
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} isn't a port; give a number from 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a number from 1")
     return int(text)
 
 
@@ -192,7 +265,7 @@ def _header_value(text: str) -> str:
     return text
 
 
-# demo
+# demo and run
 
 
 def _standard(name: str) -> Any:
@@ -212,7 +285,18 @@ def _listen(host: str, port: int) -> socket.socket:
         raise CommandFailed(f"can't listen on {host}:{port}: {why}") from error
 
 
-def _is(error: Exception, code: int) -> bool:
+def _check_port(options: Mapping[str, Any]) -> None:
+    """uvicorn would start the application before it says that the port is taken."""
+    if options["uds"] is None and options["fd"] is None:
+        try:
+            _listen(options["host"], options["port"]).close()
+        except CommandFailed as failed:
+            # Other troubles are uvicorn's to tell: it takes more hosts than one.
+            if _is(failed.__cause__, errno.EADDRINUSE):
+                raise
+
+
+def _is(error: BaseException | None, code: int) -> bool:
     """Whether this is why; asyncio has only text of several attempts that failed."""
     return getattr(error, "errno", None) == code or f"[Errno {code}]" in str(error)
 

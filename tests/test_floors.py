@@ -17,6 +17,7 @@ FLOORS = [
     {"endpoints"},
     {"hub"},
     {"middleware", "testing"},
+    {"deployment"},
     {"__init__", "demo", "cli"},  # the face, and what a terminal gets
     {"__main__"},
 ]
