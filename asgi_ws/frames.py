@@ -7,9 +7,21 @@ that one compressed frame serves every client, and no connection keeps a compres
 import codecs
 import struct
 import zlib
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
-__all__ = ["BINARY", "CLOSE", "PING", "PONG", "TEXT", "Frame", "Parser", "Received", "Violation", "control_frame"]
+__all__ = [
+    "BINARY",
+    "CLOSE",
+    "PING",
+    "PONG",
+    "TEXT",
+    "Frame",
+    "Parser",
+    "Received",
+    "Violation",
+    "control_frame",
+    "may_be_sent",
+]
 
 TEXT: Final = 0x1
 BINARY: Final = 0x2
@@ -85,6 +97,11 @@ class Frame:
 def control_frame(opcode: int, payload: bytes = b"") -> bytes:
     """A ping, a pong or a close frame. The payload has 125 bytes at the most (RFC 6455 section 5.5)."""
     return bytes((_FIN | opcode, len(payload))) + payload
+
+
+def may_be_sent(code: int) -> bool:
+    """Whether a close frame can have this code: RFC 6455 section 7.4, and what IANA has registered since."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def _build(first: int, payload: bytes) -> bytes:
@@ -164,7 +181,7 @@ class Parser:
         self._compressed = False
         self._fragments = 0
         self._size = 0
-        self._parts: bytearray | list[str] | None = None
+        self._parts: bytearray | None = None
         self._decoder: codecs.IncrementalDecoder | None = None
 
     @property
@@ -258,21 +275,20 @@ class Parser:
         if opcode:
             self._opcode = opcode
             self._compressed = bool(first & _RSV1)
-            self._parts = [] if opcode == TEXT and not self._compressed else bytearray()
+            self._parts = bytearray()
+            if opcode == TEXT and not self._compressed:
+                self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._fragments += 1
         self._size += len(payload)
         last = bool(first & _FIN)
-        if isinstance(self._parts, list):
-            # Text is checked as it comes: what can't become UTF-8 any more isn't waited for.
-            if self._decoder is None:
-                self._decoder = codecs.getincrementaldecoder("utf-8")()
+        if self._decoder is not None:
+            # Text is checked as it comes: what can't become UTF-8 any more isn't waited for. It isn't kept in as many
+            # pieces as it comes in, though: those would take more memory than it has bytes.
             try:
-                self._parts.append(self._decoder.decode(payload, last))
+                self._decoder.decode(payload, last)
             except UnicodeDecodeError:
                 raise Violation(1007, "the text isn't UTF-8") from None
-        else:
-            assert self._parts is not None  # the message has begun
-            self._parts += payload
+        cast(bytearray, self._parts).extend(payload)
         return self._whole() if last else None
 
     def _whole(self) -> Received:
@@ -280,9 +296,7 @@ class Parser:
         self._opcode = self._fragments = self._size = 0
         self._parts = self._decoder = None
         self._compressed = False
-        if isinstance(parts, list):
-            return Received(TEXT, "".join(parts))
-        data = bytes(parts or b"")
+        data = bytes(cast(bytearray, parts))
         if compressed:
             data = self._inflate(data)
         return Received(BINARY, data) if opcode == BINARY else Received(TEXT, _text(data))
@@ -314,6 +328,6 @@ def _control(opcode: int, payload: bytes) -> Received:
     if len(payload) == 1:
         raise Violation(1002, "a close code has two bytes")
     code = int.from_bytes(payload[:2])
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+    if not may_be_sent(code):
         raise Violation(1002, f"{code} isn't a close code")
     return Received(CLOSE, (code, _text(payload[2:])))
