@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 from starlette.types import Message, Scope, Send
 
 from asgi_ws.exceptions import ConnectionClosed
-from asgi_ws.frames import BINARY, CLOSE, PING, PONG, TEXT, Frame, Parser, control_frame
+from asgi_ws.frames import BINARY, CLOSE, PING, PONG, TEXT, Frame, Parser, control_frame, may_be_sent
 from asgi_ws.links import AsgiLink, Link, Receiver
 
 __all__ = ["WebSocketProtocol", "find_link", "worker_count"]
@@ -35,7 +35,7 @@ _EXTENSION = "asgi_ws.link"
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _FLUSH_FROM = 64 * 1024
 """How many bytes are gathered in one tick at the most before they are written."""
-_MAX_FRAGMENTS = 16_384
+_MAX_FRAGMENTS = 131_072
 """How many frames a message may come in."""
 _CLOSE_TIMEOUT = 10.0
 """How many seconds a client has to answer a close frame, and to take what was sent before it."""
@@ -51,6 +51,8 @@ _WINDOW_BITS = {b"8", b"9", b"10", b"11", b"12", b"13", b"14", b"15"}
 _CONNECTING, _OPEN, _REFUSED, _CLOSING, _CLOSED = range(5)
 _QUEUED_MESSAGES = 64
 """How many messages wait for a plain ASGI application before nothing more is read."""
+_LARGE_MESSAGE = 16 * 1024
+"""From this size on, one is enough for that."""
 
 
 class ClientDisconnected(OSError):
@@ -187,6 +189,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         "_key",
         "_loop",
         "_parser",
+        "_pending_then",
         "_pinged",
         "_pong",
         "_reading",
@@ -231,6 +234,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         # The payload of the ping that waits for its pong, and of the client's ping that waits for room to be answered.
         self._pinged: bytes | None = None
         self._pong: bytes | None = None
+        self._pending_then = 0
         self._keepalive: asyncio.TimerHandle | None = None
         self._closing: asyncio.TimerHandle | None = None
 
@@ -242,11 +246,9 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._scope is None:
-            self._unparsed += data
-            head, found, rest = self._unparsed.partition(b"\r\n\r\n")
-            if found:
-                self._unparsed = rest
-                self._handshake(head)
+            # uvicorn has read the request, and hands over its whole head at once.
+            head, _, self._unparsed = data.partition(b"\r\n\r\n")
+            self._handshake(head)
         elif self._parser is None:
             # The client doesn't wait for the answer to its handshake; it may until the buffer is full.
             self._unparsed += data
@@ -277,9 +279,9 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        if self._pong is not None:
-            pong, self._pong = self._pong, None
-            self._transport.write(control_frame(PONG, pong))
+        pong, self._pong = self._pong, None
+        if pong is not None and self._state is _OPEN:
+            self._gather(control_frame(PONG, pong))
         if self._writable is not None:
             self._writable.set()
         self.on_ready()
@@ -290,6 +292,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self._stopping = True
         if self._state is _CONNECTING:
             self._respond(503, [(b"retry-after", b"1")], b"The server is stopping")
+            # To the application, the client is gone.
+            self._state = _CLOSING
         elif self._state is _OPEN and self._receiver is not None:
             spread = min(len(self._server.connections) / _GOODBYES_PER_SECOND, _GOODBYES_TIME)
             self._loop.call_later(random.uniform(0, spread), self._receiver.server_stopping)
@@ -327,20 +331,23 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
     def _new_scope(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> Scope:
         raw_path, _, query = target.partition(b"?")
         root_path = self._config.root_path
+        sockname = self._transport.get_extra_info("sockname")
         offered = [value for name, value in headers if name == b"sec-websocket-protocol"]
         return {
             "type": "websocket",
             "asgi": {"version": self._config.asgi_version, "spec_version": "2.4"},
             "http_version": "1.1",
             "scheme": "wss" if self._transport.get_extra_info("sslcontext") else "ws",
-            "server": _address(self._transport.get_extra_info("sockname")),
+            "server": _address(sockname) or ((sockname, None) if isinstance(sockname, str) else None),
             "client": _address(self._transport.get_extra_info("peername")),
             "root_path": root_path,
             "path": root_path + unquote(raw_path.decode("latin-1")),
             "raw_path": root_path.encode() + raw_path,
             "query_string": query,
             "headers": headers,
-            "subprotocols": [name.strip() for value in offered for name in value.decode("latin-1").split(",")],
+            "subprotocols": [
+                name.strip() for value in offered for name in value.decode("latin-1").split(",") if name.strip()
+            ],
             "state": self._app_state.copy(),
             "extensions": {"websocket.http.response": {}, _EXTENSION: {"link": self}},
         }
@@ -364,10 +371,10 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self._parser = Parser(self._config.ws_max_size, _MAX_FRAGMENTS, deflate=self._deflate is not None)
         if self._config.ws_ping_interval:
             self._keepalive = self._loop.call_later(self._config.ws_ping_interval, self._ping)
+        self.resume_reading()
         unparsed, self._unparsed = self._unparsed, b""
         if unparsed:
             self._parse(self._parser, unparsed)
-        self.resume_reading()
 
     def _respond(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes, more: bool = False) -> None:
         """Refuse the handshake with an HTTP response."""
@@ -390,11 +397,11 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
     async def _run(self) -> None:
         try:
             await self._config.loaded_app(self._scope, self._asgi_receive, self.send)
-        except ClientDisconnected:
-            pass
-        except Exception:
-            server_logger.exception("Exception in ASGI application\n")
-            self._finish(1011)
+        except Exception as error:
+            # Somebody else's client may be gone, while this one is not.
+            if not isinstance(error, ClientDisconnected) or self._state in (_CONNECTING, _OPEN):
+                server_logger.exception("Exception in ASGI application\n")
+                self._finish(1011)
         else:
             if self._state is _CONNECTING:
                 server_logger.error("ASGI callable returned without completing handshake.")
@@ -430,22 +437,25 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
     async def send(self, message: Message) -> None:
         """ASGI's `send`."""
         kind = message["type"]
-        if self._writable is not None and self._state is _OPEN:
+        if self._writable is not None and self._state in (_OPEN, _REFUSED):
             await self._writable.wait()
-        if self._state is _CLOSED or (self._transport.is_closing() and self._state is not _REFUSED):
+        refused = self._state is _REFUSED and self._refusal is None
+        if self._state is _CLOSED or (self._transport.is_closing() and not refused):
             raise ClientDisconnected
         if self._state is _OPEN and kind == "websocket.send":
             data = message.get("bytes")
             self.write(Frame(message["text"] if data is None else bytes(data)))
         elif self._state is _OPEN and kind == "websocket.close":
-            code, reason = message.get("code", 1000), message.get("reason") or ""
+            code, reason = message.get("code") or 1000, message.get("reason") or ""
+            if not may_be_sent(code) or len(reason.encode()) > 123:
+                raise ValueError(f"a close frame can't have the code {code} with the reason {reason!r}")
             self._say_goodbye(code, reason)
             self._tell_end(ConnectionClosed(code, reason))
-        elif self._state is _CONNECTING and kind == "websocket.accept":
+        elif self._state is _CONNECTING and self._refusal is None and kind == "websocket.accept":
             self._accept(message)
-        elif self._state is _CONNECTING and kind == "websocket.close":
+        elif self._state is _CONNECTING and self._refusal is None and kind == "websocket.close":
             self._respond(403, [], b"")
-        elif self._state is _CONNECTING and kind == "websocket.http.response.start":
+        elif self._state is _CONNECTING and self._refusal is None and kind == "websocket.http.response.start":
             self._refusal = message
         elif kind == "websocket.http.response.body" and self._refusal is not None:
             self._refuse(message)
@@ -461,6 +471,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             self._transport.write(body)
             if not more:
                 self._end_transport()
+        if not more:
+            self._refusal = None
 
     # The link
 
@@ -486,6 +498,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         parser = cast(Parser, self._parser)
         if max_size is not None and (parser.max_size is None or max_size < parser.max_size):
             parser.max_size = max_size
+        # From here on the receiver says when it has enough.
+        self.resume_reading()
         events, self._events = self._events, []
         for event in events:
             self._hand_over(event)
@@ -498,6 +512,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
     def resume_reading(self) -> None:
         if not self._reading and not self._transport.is_closing():
             self._reading = True
+            # An answer may have waited in front of the door.
+            self._pinged = None
             self._transport.resume_reading()
 
     # What comes in
@@ -511,6 +527,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
                     self._receiver.message_received(cast("str | bytes", received))
                 else:
                     self._queue({"type": "websocket.receive", "text" if opcode == TEXT else "bytes": received})
+                    if len(self._events) >= _QUEUED_MESSAGES or len(received) >= _LARGE_MESSAGE:
+                        self.pause_reading()
             elif opcode == PING:
                 self._answer_ping(cast(bytes, received))
             elif opcode == PONG:
@@ -523,20 +541,28 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             violation = parser.violation
             self._say_goodbye(violation.code, violation.reason)
             self._tell_end(ConnectionClosed(violation.code, violation.reason))
-            self._end_transport()
+            if self._transport.can_write_eof() and not self._transport.is_closing():
+                # What is still on its way is taken and dropped: closing before it has come would be a reset, and
+                # could cost the client the close frame.
+                self._transport.write_eof()
+            else:
+                self._end_transport()
 
     def _answer_ping(self, payload: bytes) -> None:
         if self._state is not _OPEN:
             return
         if self._writable is None or self._writable.is_set():
-            self.flush()
-            self._transport.write(control_frame(PONG, payload))
+            # Gathered like all else: many small pings don't become as many calls of the kernel.
+            self._gather(control_frame(PONG, payload))
         else:
             # RFC 6455 section 5.5.3: the latest one is answer enough. A client that doesn't read can't make us keep
             # more.
             self._pong = payload
 
     def _client_closes(self, code: int, reason: str) -> None:
+        if self._transport.is_closing():
+            # Once more; the time that it has to take what it was sent goes on.
+            return
         self._stop_timers()
         if self._state is _OPEN:
             self.flush()
@@ -549,8 +575,6 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
     def _queue(self, message: Message) -> None:
         self._events.append(message)
         self._wake()
-        if len(self._events) >= _QUEUED_MESSAGES:
-            self.pause_reading()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -608,6 +632,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             return
         timeout = self._config.ws_ping_timeout
         self._pinged = random.randbytes(4)
+        self._pending_then = cast(Parser, self._parser).pending
         self.flush()
         self._transport.write(control_frame(PING, self._pinged))
         if timeout:
@@ -616,11 +641,12 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             self._keepalive = self._loop.call_later(self._config.ws_ping_interval, self._ping)
 
     def _check_pong(self) -> None:
-        if self._pinged is not None and self._reading:
+        # While we don't read ourselves, an answer can't be seen; and it waits behind a frame that is still coming.
+        silent = cast(Parser, self._parser).pending == self._pending_then
+        if self._pinged is not None and self._reading and silent:
             server_logger.debug("no answer to a ping; aborting")
             self.abort()
             return
-        # While we don't read ourselves, an answer can't be seen.
         self._keepalive = self._loop.call_later(self._config.ws_ping_interval, self._ping)
 
     def _stop_timers(self) -> None:
