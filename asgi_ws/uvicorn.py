@@ -293,7 +293,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         if self._state is _CONNECTING:
             self._respond(503, [(b"retry-after", b"1")], b"The server is stopping")
             # To the application, the client is gone.
-            self._state = _CLOSING
+            self._state = _CLOSED
         elif self._state is _OPEN and self._receiver is not None:
             spread = min(len(self._server.connections) / _GOODBYES_PER_SECOND, _GOODBYES_TIME)
             self._loop.call_later(random.uniform(0, spread), self._receiver.server_stopping)
@@ -541,6 +541,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             violation = parser.violation
             self._say_goodbye(violation.code, violation.reason)
             self._tell_end(ConnectionClosed(violation.code, violation.reason))
+            # To the application, the client is gone.
+            self._state = _CLOSED
             if self._transport.can_write_eof() and not self._transport.is_closing():
                 # What is still on its way is taken and dropped: closing before it has come would be a reset, and
                 # could cost the client the close frame.
