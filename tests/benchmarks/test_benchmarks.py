@@ -1,0 +1,50 @@
+import re
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import end_to_end, micro, plot
+from tests.servers import ROOT
+
+
+@pytest.mark.anyio
+async def test_benchmarks_run() -> None:
+    for benchmark in micro.BENCHMARKS:
+        assert await benchmark.run(2) > 0, benchmark.name
+
+
+def test_benchmarks_are_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(micro, "measure", lambda benchmark, seconds: 1e-6)
+    runpy.run_module("tests.benchmarks", run_name="__main__", alter_sys=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(micro.BENCHMARKS)
+    assert all(re.search(r" 1\.00 +1,000,000$", line) for line in lines[1:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_servers_are_measured_and_drawn(tmp_path: Path) -> None:
+    drawn = tmp_path / "plot.svg"
+    command = [sys.executable, "-m", "tests.benchmarks.end_to_end", "--quick", "--svg", str(drawn)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert shown.returncode == 0, shown.stderr
+    for server in end_to_end.SERVERS:
+        assert f"| {server} |" in shown.stdout
+    assert "svg" in xml.etree.ElementTree.parse(drawn).getroot().tag
+
+
+def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert end_to_end.main([]) == 1
+    assert "Linux" in capsys.readouterr().err
+
+
+def test_plot_is_a_drawing_that_stands_for_itself() -> None:
+    drawn = plot.bars("a < b", ["ours", "theirs"], {"fan-out": [1.5, 30.0], "idle": [0.0, 4.0]}, "µs")
+    root = xml.etree.ElementTree.fromstring(drawn)
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a < b", "fan-out", "1.5 µs", "30 µs"} <= set(words)
+    assert not re.search(r"href|url\(|<script", drawn)
