@@ -649,7 +649,9 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             server_logger.debug("no answer to a ping; aborting")
             self.abort()
             return
-        self._keepalive = self._loop.call_later(self._config.ws_ping_interval, self._ping)
+        # So that pings are as far from each other as the interval says, where it is the longer one.
+        rest = self._config.ws_ping_interval - self._config.ws_ping_timeout
+        self._keepalive = self._loop.call_later(max(rest, 0), self._ping)
 
     def _stop_timers(self) -> None:
         for timer in (self._keepalive, self._closing):
