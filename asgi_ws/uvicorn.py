@@ -209,8 +209,6 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None
     ) -> None:
         super().__init__()
-        if not config.loaded:
-            config.load()
         self._config = config
         self._server = server_state
         self._app_state = app_state
@@ -258,7 +256,8 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
             self._parse(self._parser, data)
 
     def eof_received(self) -> None:
-        """The transport closes by itself."""
+        """The transport closes by itself, but not before the client has taken everything."""
+        self._end_transport()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
@@ -282,8 +281,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         pong, self._pong = self._pong, None
         if pong is not None and self._state is _OPEN:
             self._gather(control_frame(PONG, pong))
-        if self._writable is not None:
-            self._writable.set()
+        cast(asyncio.Event, self._writable).set()
         self.on_ready()
 
     def shutdown(self) -> None:

@@ -18,7 +18,7 @@ from asgi_ws.uvicorn import WebSocketProtocol
 from tests.test_frames import read_by_client, sent
 
 quick = settings(
-    max_examples=int(os.environ.get("ASGI_WS_FUZZ", "300")),
+    max_examples=int(os.environ.get("ASGI_WS_FUZZ", "200")),
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
@@ -174,3 +174,21 @@ def test_streams_that_were_changed(runner: asyncio.Runner, streams: list[bytes],
 @given(st.lists(frames | closes, max_size=8), st.integers(1, 400))
 def test_frames_in_any_order(runner: asyncio.Runner, wires: list[bytes], step: int) -> None:
     runner.run(converse(pieces_of(b"".join(wires), step)))
+
+
+def test_second_close_frame_behind_a_transport_that_still_delivers_is_ignored(runner: asyncio.Runner) -> None:
+    """As that of TLS does until it has said its own goodbye."""
+
+    async def closes_twice() -> None:
+        protocol = WebSocketProtocol(CONFIG, ServerState(), {})
+        transport = Transport(protocol)
+        protocol.connection_made(transport)
+        protocol.data_received(HANDSHAKE)
+        await settle()
+        protocol.data_received(sent(8, b"\x03\xe8"))
+        assert transport.closing
+        protocol.data_received(sent(8, b"\x03\xe9"))
+        await settle()
+        assert transport.written.endswith(b"\r\n\r\n\x88\x02\x03\xe8")
+
+    runner.run(closes_twice())

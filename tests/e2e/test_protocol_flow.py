@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ import asgi_ws.uvicorn
 from asgi_ws import Connection, Hub, Limits, WebSocketMiddleware
 from asgi_ws.uvicorn import WebSocketProtocol
 from tests.e2e.clients import BINARY, CLOSE, PING, PONG, TEXT, RawClient, close_frame, memory, raw, settled, until
-from tests.e2e.test_protocol import after_accept, answers, closing, echo, frame, ours, write
+from tests.e2e.test_protocol import after_accept, answers, closing, echo, frame, ours, request, skip_head, write
 from tests.servers import UvicornServer
 
 pytestmark = pytest.mark.anyio
@@ -256,6 +257,17 @@ async def test_client_that_leaves_while_it_does_not_read_is_cut_off_after_the_cl
         assert server.server.server_state.tasks == set()
 
 
+async def test_client_that_only_ends_its_own_half_and_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi_ws.uvicorn, "_CLOSE_TIMEOUT", 0.3)
+    hose = Firehose()
+    options = {"ws_ping_interval": 0.2, "ws_ping_timeout": 10, "sndbuf": 16_384}
+    async with ours(after_accept(hose), **options) as server, raw(server.port, "/", rcvbuf=4_096) as client:
+        await settled(lambda: hose.sent, 0.1)
+        client.sock.shutdown(socket.SHUT_WR)
+        await until(lambda: isinstance(hose.error, OSError), 1)
+        await until(lambda: no_connections(server), 1)
+
+
 @pytest.mark.parametrize("breaks", [False, True])
 async def test_client_that_never_answers_a_close_frame_is_cut_off(
     breaks: bool, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +288,39 @@ async def test_client_that_never_answers_a_close_frame_is_cut_off(
         assert await until(lambda: no_connections(server), 1) > 0.05
         with contextlib.suppress(ConnectionError):
             assert await client.drain() == []
+
+
+# Messages for a hub's endpoint
+
+
+@pytest.mark.parametrize("count", [10, 500])
+async def test_messages_that_come_before_the_endpoint_listens_are_received(count: int) -> None:
+    hub = Hub(limits=Limits(messages_per_second=None))
+    accept = asyncio.Event()
+    received: list[str] = []
+
+    @hub.on_connect
+    async def takes_its_time(conn: Connection) -> None:
+        await accept.wait()
+
+    @hub.websocket("/")
+    async def receives(conn: Connection[str]) -> None:
+        async for text in conn:
+            received.append(text)
+
+    async with ours(WebSocketMiddleware(Starlette(), hub=hub)) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.setblocking(False)
+            client = RawClient(sock)
+            await write(client, request())
+            await until(lambda: server.server.server_state.tasks)
+            await write(client, b"".join(frame(TEXT, str(number)) for number in range(count)) + closing(4000))
+            await until(lambda: protocol_of(server)._unparsed)
+            accept.set()
+            await until(lambda: len(received) == count)
+            await skip_head(client)
+            assert await client.drain() == [(CLOSE, (4000).to_bytes(2))]
+    assert received == [str(number) for number in range(count)]
 
 
 # The server stops
