@@ -1,4 +1,4 @@
-"""Whatever a client sends goes to all clients. Run with: uvicorn examples.broadcast_to_all:app"""
+"""Whatever a client sends goes to all clients. Run with: asgi-ws run examples.broadcast_to_all:app"""
 
 from starlette.applications import Starlette
 

@@ -1,4 +1,4 @@
-"""A chat in rooms; its page is chat.html. Run with: uvicorn examples.chat:app"""
+"""A chat in rooms; its page is chat.html. Run with: asgi-ws run examples.chat:app"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An HTTP route publishes, and every browser that watches gets it. Run with: uvicorn examples.dashboard:app"""
+"""An HTTP route publishes, and every browser that watches gets it. Run with: asgi-ws run examples.dashboard:app"""
 
 from fastapi import FastAPI
 

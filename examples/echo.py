@@ -1,4 +1,4 @@
-"""Every message comes back. Run with: uvicorn examples.echo:app"""
+"""Every message comes back. Run with: asgi-ws run examples.echo:app"""
 
 from starlette.applications import Starlette
 

@@ -1,4 +1,4 @@
-"""Typed messages, a dependency, and answers to what can't be read. Run with: uvicorn examples.game:app"""
+"""Typed messages, a dependency, and answers to what can't be read. Run with: asgi-ws run examples.game:app"""
 
 from typing import Annotated, Literal
 

@@ -39,7 +39,6 @@ _PATIENCE = 30
 
 class Scenario(NamedTuple):
     name: str
-    unit: str
     connections: int
     run: Callable[[Process, int, int], Coroutine[Any, Any, float]]
     """Gets the server, the connections, and by how much less there is to do. Returns the figure."""
@@ -159,11 +158,11 @@ async def _idle(server: Process, connections: int, less: int) -> float:
 
 SCENARIOS = (
     # The first: afterwards a process has memory that it only reuses.
-    Scenario("idle, 1,000 connections", "KB each", 1000, _idle),
-    Scenario("fan-out, 500 connections, 128 B", "µs", 500, _broadcast(150, _SHORT, window=1)),
-    Scenario("burst, the same 8 at a time", "µs", 500, _broadcast(400, _SHORT, window=8)),
-    Scenario("compressed, 200 connections, 8 KB", "µs", 200, _broadcast(60, _LONG, window=1, deflate=True)),
-    Scenario("echo, 100 connections, 128 B", "µs", 100, _echo(200)),
+    Scenario("KB of memory for each of 1,000 idle connections", 1000, _idle),
+    Scenario("µs for each delivery of 128 B to 500 connections", 500, _broadcast(150, _SHORT, window=1)),
+    Scenario("µs for each, 8 messages at a time", 500, _broadcast(400, _SHORT, window=8)),
+    Scenario("µs for each of 8 KB to 200 that take compression", 200, _broadcast(60, _LONG, window=1, deflate=True)),
+    Scenario("µs for each echo of 128 B, 100 connections", 100, _echo(200)),
 )
 
 
@@ -172,7 +171,7 @@ async def _measure(rounds: int, quick: bool, processors: set[int]) -> dict[str, 
     figures: dict[str, dict[str, list[float]]] = {scenario.name: {} for scenario in SCENARIOS}
     for number in range(rounds):
         for name in SERVERS:
-            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
+            print(f"Round {number + 1} of {rounds}: {name}", file=sys.stderr)
             async with _served(name, processors) as server:
                 for scenario in SCENARIOS:
                     connections = 10 if quick else scenario.connections
@@ -184,17 +183,13 @@ async def _measure(rounds: int, quick: bool, processors: set[int]) -> dict[str, 
 
 
 def _table(figures: dict[str, dict[str, float]]) -> str:
-    """As Markdown, with what each scenario costs beside what it costs by hand."""
-    lines = [
-        "| " + " | ".join(["", *(f"{scenario.name} ({scenario.unit})" for scenario in SCENARIOS)]) + " |",
-        "|---" * (1 + len(SCENARIOS)) + "|",
-    ]
-    for name in SERVERS:
-        cells = []
-        for scenario in SCENARIOS:
-            figure, by_hand = figures[scenario.name][name], figures[scenario.name]["Starlette by hand"]
-            ratio = f" ({figure / by_hand:.2f})" if by_hand > 0 else ""
-            cells.append(plot.number(figure) + ratio)
+    """As Markdown; behind a figure stands its ratio to what it is by hand."""
+    lines = ["| " + " | ".join(["", *SERVERS]) + " |", "|---|" + "---:|" * len(SERVERS)]
+    for name, row in figures.items():
+        by_hand = row["Starlette by hand"]
+        cells = [
+            plot.number(row[server]) + (f" ({row[server] / by_hand:.2f})" if by_hand else "") for server in SERVERS
+        ]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
@@ -226,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"\n{versions}, Python {python}; {arguments.rounds} round(s) in {time.monotonic() - begin:.0f} s")
     if arguments.svg is not None:
-        groups = {f"{row.name} ({row.unit})": list(figures[row.name].values()) for row in SCENARIOS}
-        arguments.svg.write_text(plot.bars("What a message costs the server", list(SERVERS), groups, ""))
+        groups = {name: list(row.values()) for name, row in figures.items()}
+        arguments.svg.write_text(plot.bars("What connections and messages cost the server", list(SERVERS), groups))
     return 0
 
 

@@ -22,7 +22,7 @@ __all__ = ["BENCHMARKS", "Benchmark", "measure"]
 
 RECORD = {"id": 17, "name": "gold", "price": 1912.5, "tags": ["metal", "spot"]}
 SHORT = "x" * 128
-LONG = json.dumps([{**RECORD, "id": number, "price": number * 7919 % 10007 / 7} for number in range(80)])
+LONG = json.dumps([{**RECORD, "id": number, "price": number * 7919 % 10007 / 7} for number in range(110)])[:8192]
 MASK = bytes(4)
 
 
@@ -168,6 +168,7 @@ class Clients:
 
     def __init__(self) -> None:
         self._config = uvicorn.Config(apps.app, log_config=None, log_level="critical", lifespan="off")
+        self._config.load()
         self._state = ServerState()
         self.protocols: list[WebSocketProtocol] = []
         self.wires: list[Wire] = []

@@ -15,7 +15,7 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def bars(title: str, series: Sequence[str], groups: Mapping[str, Sequence[float]], unit: str) -> str:
+def bars(title: str, series: Sequence[str], groups: Mapping[str, Sequence[float]]) -> str:
     """A group of bars for each entry, on a scale of its own: one bar for each of the series."""
     height = _HEAD + len(groups) * (len(series) * _ROW + _GAP)
     parts = [
@@ -35,7 +35,7 @@ def bars(title: str, series: Sequence[str], groups: Mapping[str, Sequence[float]
             length = max(1.0, value / longest * (_WIDTH - _LABELS - _VALUES - 20))
             parts.append(_text(_LABELS - 8, top + 13, name, anchor="end"))
             parts.append(f'<rect x="{_LABELS}" y="{top + 1}" width="{length:.1f}" height="16" rx="2" fill="{colour}"/>')
-            parts.append(_text(_LABELS + length + 8, top + 13, f"{number(value)} {unit}"))
+            parts.append(_text(_LABELS + length + 8, top + 13, number(value)))
             top += _ROW
         top += _GAP - 14
     return "\n".join([*parts, "</svg>", ""])
