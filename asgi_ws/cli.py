@@ -157,7 +157,8 @@ def demo(arguments: argparse.Namespace) -> int:
     with _listen(arguments.host, arguments.port) as listening:
         host, port = listening.getsockname()[:2]
         print(f"The demo is at http://{f'[{host}]' if ':' in host else host}:{port}/ (Ctrl-C stops it)", flush=True)
-        config = uvicorn.Config("asgi_ws.demo:app", log_level="warning", timeout_graceful_shutdown=5)
+        settings = {**deployment.SETTINGS, "timeout_graceful_shutdown": 5}
+        config = uvicorn.Config("asgi_ws.demo:app", log_level="warning", **settings)
         # That it was interrupted is how it ends.
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listening])
