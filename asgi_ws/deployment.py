@@ -255,7 +255,7 @@ def _of_options(options: Mapping[str, Any] | None, ours: bool, hubs: Iterable[Hu
     if not ours:
         yield Finding(
             f"no --ws {_CLASS}",
-            "each client costs several times the processor time and memory",
+            "clients take about twice the memory, and their messages more processor time",
             f"start with asgi-ws run, or give uvicorn --ws {_CLASS}",
         )
     if options is None:
