@@ -48,6 +48,14 @@ from tests.servers import OURS, UvicornServer, serve
 
 pytestmark = pytest.mark.anyio
 
+
+@pytest.fixture(autouse=True)
+def uvicorns_records_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where uvicorn's own logging was set up before, in this process."""
+    for name in ("uvicorn", "uvicorn.error"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+
 CONT = 0
 KEY = b"\x37\xfa\x21\x3d"
 
