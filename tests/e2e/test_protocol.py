@@ -50,11 +50,10 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(autouse=True)
-def uvicorns_records_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where uvicorn's own logging was set up before, in this process."""
-    for name in ("uvicorn", "uvicorn.error"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+def uvicorns_records_arrive(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where another server of this process was told to be quiet."""
+    caplog.set_level(logging.INFO, "uvicorn.error")
+
 
 CONT = 0
 KEY = b"\x37\xfa\x21\x3d"
