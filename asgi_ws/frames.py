@@ -70,7 +70,11 @@ class Frame:
     def wire(self) -> bytes:
         """The frame's bytes: unmasked, in one fragment, not compressed (RFC 6455 section 5.2)."""
         if self._wire is None:
-            self._wire = _build(_FIN | self._opcode, self._data)
+            payload = self.payload
+            if isinstance(payload, str):
+                self._wire = _build(_FIN | TEXT, payload.encode())
+            else:
+                self._wire = _build(_FIN | BINARY, payload)
         return self._wire
 
     @property

@@ -35,7 +35,7 @@ class Inbox:
 
     def take(self) -> str | bytes:
         payload = self.messages.popleft()
-        self._size -= size_of(payload)
+        self._size = self._size - size_of(payload) if self.messages else 0
         if self.on_room is not None and not self.full:
             self._tell_room()
         return payload

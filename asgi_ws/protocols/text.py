@@ -20,7 +20,8 @@ class PlainProtocol(Protocol[Any]):
         return payload
 
     def encode(self, message: Any) -> str | bytes:
-        return encode(message).data
+        # What most messages are needs no payload around it.
+        return message if type(message) is str and message.isascii() else encode(message).data
 
     def encode_publication(self, publication: Publication) -> str | bytes:
         return publication.payload.data
