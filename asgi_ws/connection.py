@@ -16,7 +16,7 @@ from asgi_ws._types import Handler
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
 from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, SubscriptionDenied
-from asgi_ws.frames import Frame
+from asgi_ws.frames import Frame, may_be_sent
 from asgi_ws.inbox import Inbox, Rate, size_of
 from asgi_ws.links import Link, ReceivingLink
 from asgi_ws.messages import Position, Publication
@@ -244,7 +244,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         `reason` is cut to 123 bytes. Closing what is closed does nothing. Raises `ValueError` for a code that may not
         be sent (RFC 6455 section 7.4).
         """
-        if not _may_be_sent(code):
+        if not may_be_sent(code):
             raise ValueError(f"a close frame can't have the code {code}; use 1000, or 4000 to 4999 for your own")
         self._opened(self._outbox)
         await self._close(code, reason)
@@ -314,11 +314,11 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 return 1000, ""
             case ConnectionClosed() if self._closed is not None:
                 return 1000, ""
-            case InvalidMessage() if _may_be_sent(error.close_code):
+            case InvalidMessage() if may_be_sent(error.close_code):
                 return error.close_code, error.reason
             case SubscriptionDenied():
                 return 1008, str(error)
-            case WebSocketException() if _may_be_sent(error.code):
+            case WebSocketException() if may_be_sent(error.code):
                 return error.code, error.reason
             case InvalidChannel():
                 # As often as not the name was made of what the client said.
@@ -383,20 +383,19 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if self._handler_listens or handler is asyncio.current_task():
             stopping = self._closed is not None and self._closed.code == 1012
             delay = STOP_TIME if stopping else _FINISH
-            self._handler_timer = asyncio.get_running_loop().call_later(delay, self._cancel_handler)
+            self._handler_timer = asyncio.get_running_loop().call_later(delay, self._cancel_handler, handler)
         else:
-            self._cancel_handler()
+            self._cancel_handler(handler)
 
-    def _cancel_handler(self) -> None:
-        if self._handler is not None:
-            self._handler_cancelled = True
-            self._handler.cancel()
+    def _cancel_handler(self, handler: "asyncio.Task[Any]") -> None:
+        self._handler_cancelled = True
+        handler.cancel()
 
     def _refuse(self, code: int, reason: str) -> None:
         """Close at once, whatever waits: the client has gone too far."""
-        if self._end(ConnectionClosed(code, reason), discard=True):
-            cast(Inbox, self._inbox).end(discard=True)
-            self._closing = cast(Link, self._link).close(code, reason)
+        self._end(ConnectionClosed(code, reason), discard=True)
+        cast(Inbox, self._inbox).end(discard=True)
+        self._closing = cast(Link, self._link).close(code, reason)
 
     def _too_slow(self) -> None:
         logger.info("%r is too slow: more than %d bytes wait", self.scope["path"], self._context.limits.outbox_size)
@@ -466,11 +465,6 @@ def _closed_by(message: Message) -> ConnectionClosed:
     if code == 1006 or (code == 1005 and reason is None):
         return ConnectionClosed(1006, "", clean=False)
     return ConnectionClosed(code, reason or "")
-
-
-def _may_be_sent(code: int) -> bool:
-    """RFC 6455 section 7.4, and what IANA has registered since."""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def _cut(reason: str) -> str:

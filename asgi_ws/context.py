@@ -190,10 +190,9 @@ class Context:
 
     async def stop(self) -> None:
         """The end of that."""
-        pubsub, self._pubsub = self._pubsub, None
+        pubsub, self._pubsub = self.pubsub, None
         self.connections.stop()
-        if pubsub is not None:
-            await pubsub.stop()
+        await pubsub.stop()
 
     async def publish(self, channel: str, data: Any, *, sender: str | None = None) -> Position | None:
         """What `Hub.publish` and `Connection.publish` do."""

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json as jsonlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import anyio
@@ -392,8 +392,7 @@ async def _refusal(message: Message | None, running: _Running) -> Response:
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    for chunk in list[bytes]():
-        yield chunk
+    yield b""
 
 
 # Lifespan
@@ -423,8 +422,7 @@ class _Lifespan:
 
     async def stop(self) -> None:
         self._stop.set()
-        if self._task is not None:
-            await self._task
+        await cast("asyncio.Task[None]", self._task)
         if self._failure is not None and self.started:
             raise RuntimeError(f"the application did not stop well: {self._failure}")
 

@@ -17,6 +17,7 @@ from asgi_ws import (
     Connection,
     ConnectionClosed,
     Hub,
+    InvalidChannel,
     InvalidMessage,
     Limits,
     SubscriptionDenied,
@@ -351,6 +352,7 @@ async def test_a_handler_that_raises_closes_with_1011_and_is_logged_once(
         (HTTPException(500, "a secret"), 1011, ""),
         (SubscriptionDenied("a"), 1008, "subscribing to 'a' was refused: not allowed"),
         (ConnectionClosed(4000, "another's"), 1011, ""),
+        (InvalidChannel("a channel's name has 1 to 255 characters, not 0"), 1008, None),
         (WebSocketException(1005), 1011, ""),
         (InvalidMessage("never sent", close_code=1006), 1011, ""),
         (InvalidMessage("by hand", close_code=4007), 4007, "by hand"),
@@ -359,7 +361,7 @@ async def test_a_handler_that_raises_closes_with_1011_and_is_logged_once(
     ],
 )
 async def test_what_a_handler_raises_becomes_a_close_code(
-    error: Exception, code: int, reason: str, hub: Hub, app: WebSocketMiddleware
+    error: Exception, code: int, reason: str | None, hub: Hub, app: WebSocketMiddleware
 ) -> None:
     @hub.websocket("/")
     async def fail(conn: Connection) -> None:
@@ -368,7 +370,7 @@ async def test_what_a_handler_raises_becomes_a_close_code(
     async with connect(app, "/") as client:
         with pytest.raises(ConnectionClosed) as closed:
             await client.receive()
-    assert (closed.value.code, closed.value.reason) == (code, reason)
+    assert (closed.value.code, closed.value.reason) == (code, str(error) if reason is None else reason)
 
 
 async def test_the_client_sees_the_code_and_reason_of_close(hub: Hub, app: WebSocketMiddleware) -> None:
@@ -528,39 +530,118 @@ async def test_a_task_group_of_a_handler_ends_with_the_client(
     assert caplog.text == ""
 
 
-async def test_when_the_server_cancels_its_task_everything_is_left(hub: Hub) -> None:
-    started, cancelled = asyncio.Event(), asyncio.Event()
+class Server:
+    """The server's side of one connection, for what the test client can't do."""
+
+    def __init__(self, *messages: typing.Any) -> None:
+        self.to_app: asyncio.Queue[typing.Any] = asyncio.Queue()
+        self.sent: list[typing.Any] = []
+        for message in ({"type": "websocket.connect"}, *messages):
+            self.to_app.put_nowait(message)
+
+    async def receive(self) -> typing.Any:
+        message = await self.to_app.get()
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    async def send(self, message: typing.Any) -> None:
+        self.sent.append(message)
+
+    def run(self, app: typing.Any) -> "asyncio.Task[None]":
+        scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "subprotocols": []}
+        return asyncio.create_task(app(scope, self.receive, self.send))
+
+
+async def test_when_the_server_cancels_its_task_everything_is_left() -> None:
+    hub = Hub(limits=Limits(inbox_messages=1))
+    started = asyncio.Event()
 
     @hub.websocket("/")
     async def wait(conn: Connection) -> None:
         await conn.subscribe("a")
         started.set()
-        try:
-            await anyio.sleep_forever()
-        finally:
-            cancelled.set()
-
-    async def receive() -> typing.Any:
-        if not started.is_set() and not received:
-            received.append(1)
-            return {"type": "websocket.connect"}
         await anyio.sleep_forever()
 
-    async def send(message: typing.Any) -> None:
-        pass
-
-    received: list[int] = []
-    app = WebSocketMiddleware(nothing, hub=hub)
     async with hub:
-        scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "subprotocols": []}
-        task = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        server = Server({"type": "websocket.receive", "text": "fills the inbox"})
+        before = asyncio.all_tasks()
+        task = server.run(WebSocketMiddleware(nothing, hub=hub))
         await started.wait()
+        while not server.to_app.empty():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert cancelled.is_set()
-        assert await hub.publish("a", "nobody hears") is not None
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
         assert not hub.context.pubsub._channels
+
+
+@pytest.mark.parametrize("how", ["return", "raise", "go on"])
+async def test_the_servers_cancellation_is_not_mistaken_for_the_clients_end(how: str, hub: Hub) -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        except asyncio.CancelledError:
+            cancelled.set()
+            try:
+                await anyio.sleep_forever()
+            except asyncio.CancelledError:
+                if how == "raise":
+                    raise ValueError from None
+                if how == "go on":
+                    raise
+
+    async with hub:
+        server = Server()
+        task = server.run(WebSocketMiddleware(nothing, hub=hub))
+        await started.wait()
+        server.to_app.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        await cancelled.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_a_server_that_fails_to_receive_has_lost_the_client(hub: Hub) -> None:
+    ended: list[ConnectionClosed] = []
+
+    @hub.websocket("/")
+    async def handler(conn: Connection) -> None:
+        try:
+            await conn.receive()
+        except ConnectionClosed as closed:
+            ended.append(closed)
+            raise ExceptionGroup("", [closed, ValueError("and more")]) from None
+
+    async with hub:
+        await Server(OSError("broken")).run(WebSocketMiddleware(nothing, hub=hub))
+    assert (ended[0].code, ended[0].clean) == (1006, False)
+
+
+async def test_a_client_that_leaves_before_it_is_accepted_is_nobodys_error(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    @hub.websocket("/", accept=False)
+    async def handler(conn: Connection) -> None:
+        with pytest.raises(ConnectionClosed):
+            await conn.accept()
+        with pytest.raises(ConnectionClosed):
+            await conn.send("too late")
+
+    async with hub:
+        server = Server()
+        server.to_app.get_nowait()
+        server.to_app.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        await server.run(WebSocketMiddleware(nothing, hub=hub))
+        assert server.sent == []
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("how", ["return", "raise", "wait", "client"])

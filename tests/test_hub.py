@@ -458,3 +458,11 @@ async def test_a_client_that_is_connected_when_the_hub_stops_is_cut(hub: Hub) ->
         await subscribed(client)
         await hub.__aexit__()
         await client.close()
+
+
+async def test_workers_that_dont_share_the_memory_broker_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("asgi_ws.hub.worker_count", lambda: 2)
+    async with Hub():
+        assert "2 workers don't share the memory broker" in caplog.text

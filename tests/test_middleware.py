@@ -1,6 +1,7 @@
 """The hook in front of an application: what it answers, what it leaves alone, how it starts and stops the hub."""
 
 import logging
+import sys
 import typing
 
 import pytest
@@ -253,6 +254,17 @@ async def test_a_websocket_exception_before_the_handshake_is_a_403_with_its_reas
             async with connect(app, "/chat/lobby?quiet"):
                 pass
         assert (refused.value.status_code, refused.value.text) == (403, "refused")
+
+
+async def test_refusals_are_answered_where_fastapi_was_never_imported(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.on_connect(refuse_401)
+    monkeypatch.delitem(sys.modules, "fastapi")
+    with pytest.raises(Refused) as refused:
+        async with connect(in_starlette(hub), "/chat/lobby"):
+            pass
+    assert (refused.value.status_code, refused.value.text) == (401, "who are you?")
 
 
 class TooManyCooks(Exception):

@@ -465,6 +465,18 @@ print("fastapi" in sys.modules, "pydantic" in sys.modules)
 """
 
 
+def test_what_needs_fastapi_says_so_where_it_isnt_installed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def query(conn: Connection, page: int = 1) -> None: ...
+
+    async def converted(conn: Connection, game_id: int) -> None: ...
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TypeError, match=r"'page' isn't in the path '/a'.*pip install fastapi"):
+        hub.websocket("/a")(query)
+    with pytest.raises(TypeError, match=r"'game_id' arrives from the path '/a/{game_id}' as text"):
+        hub.websocket("/a/{game_id}")(converted)
+
+
 def test_without_fastapi_paths_work_and_injection_is_refused_with_a_sentence() -> None:
     output = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_FASTAPI], capture_output=True, text=True, timeout=30, check=True
