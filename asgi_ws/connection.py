@@ -276,6 +276,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     async def _outcome(self, handler: Handler, values: Mapping[str, Any], accept: bool) -> Exception | None:
         """What the handler raised, if anything."""
+        error: Exception | None = None
         try:
             for hook in self._context.on_connect:
                 await hook(self)
@@ -286,18 +287,16 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             if self._closed is None or not self._handler_cancelled or _uncancel():
                 raise
             return self._closed.again()
-        except Exception as error:
-            if self._handler_cancelled and _uncancel():
-                raise asyncio.CancelledError from error
-            return error
-        else:
-            if self._handler_cancelled and _uncancel():
-                raise asyncio.CancelledError
-            return None
+        except Exception as raised:
+            error = raised
         finally:
             self._handler = None
             if self._handler_timer is not None:
                 self._handler_timer.cancel()
+        if self._handler_cancelled and _uncancel():
+            # Not by us alone: the server has cancelled its task, and the handler has made something else of it.
+            raise asyncio.CancelledError from error
+        return error
 
     def _answer(self, error: BaseException | None) -> tuple[int, str]:
         """What the client is told of the handler's end. What it isn't told is logged."""

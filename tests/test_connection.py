@@ -394,6 +394,24 @@ async def test_the_client_sees_the_code_and_reason_of_close(hub: Hub, app: WebSo
     assert (closed.value.code, closed.value.reason) == (4001, "why")
 
 
+async def test_what_comes_after_the_close_frame_is_not_received(hub: Hub, app: WebSocketMiddleware) -> None:
+    closed, go = asyncio.Event(), asyncio.Event()
+
+    @hub.websocket("/")
+    async def close(conn: Connection) -> None:
+        await conn.close(4000)
+        closed.set()
+        await go.wait()
+        with pytest.raises(ConnectionClosed):
+            await conn.receive()
+
+    async with connect(app, "/") as client:
+        await closed.wait()
+        await client.send("late")
+        await asyncio.sleep(0)
+        go.set()
+
+
 @pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 2999, 5000])
 async def test_a_code_that_may_not_be_sent_is_refused(code: int, hub: Hub, app: WebSocketMiddleware) -> None:
     @hub.websocket("/")
