@@ -399,6 +399,7 @@ async def test_what_comes_after_the_close_frame_is_not_received(hub: Hub, app: W
 
     @hub.websocket("/")
     async def close(conn: Connection) -> None:
+        await conn.receive()
         await conn.close(4000)
         closed.set()
         await go.wait()
@@ -406,6 +407,7 @@ async def test_what_comes_after_the_close_frame_is_not_received(hub: Hub, app: W
             await conn.receive()
 
     async with connect(app, "/") as client:
+        await client.send("in time")
         await closed.wait()
         await client.send("late")
         # Long enough for whoever would take it.
