@@ -35,6 +35,8 @@ _EXTENSION = "asgi_ws.link"
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _FLUSH_FROM = 64 * 1024
 """How many bytes are gathered in one tick at the most before they are written."""
+_TICKS = 2
+"""For how many more ticks writing may wait while clients are heard."""
 _MAX_FRAGMENTS = 131_072
 """How many frames a message may come in."""
 _CLOSE_TIMEOUT = 10.0
@@ -63,14 +65,25 @@ class _Tick:
     """The links of one event loop that have something to write at the end of the current tick."""
 
     def __init__(self) -> None:
+        self.heard = False
+        """Whether a client was heard since the first of them was added."""
+        self._waits = 0
         self._links: list[TransportLink] = []
 
     def add(self, link: "TransportLink") -> None:
         if not self._links:
+            self.heard = False
+            self._waits = 0
             asyncio.get_running_loop().call_soon(self._flush)
         self._links.append(link)
 
     def _flush(self) -> None:
+        if self.heard and self._waits < _TICKS:
+            # More has come from clients meanwhile; what it leads to leaves together with this.
+            self.heard = False
+            self._waits += 1
+            asyncio.get_running_loop().call_soon(self._flush)
+            return
         links, self._links = self._links, []
         for link in links:
             link.flush()
@@ -243,6 +256,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self._server.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
+        self._tick.heard = True
         if self._scope is None:
             # uvicorn has read the request, and hands over its whole head at once.
             head, _, self._unparsed = data.partition(b"\r\n\r\n")

@@ -11,7 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.links import AsgiLink, Link
-from asgi_ws.uvicorn import UvicornLink, WebSocketProtocol, find_link, worker_count
+from asgi_ws.uvicorn import _TICKS, UvicornLink, WebSocketProtocol, _Tick, find_link, worker_count
 from tests.e2e.clients import connect
 from tests.servers import OURS, STOCK, serve, serve_with
 
@@ -150,3 +150,22 @@ def test_there_is_one_worker_where_uvicorn_does_not_say_how_many() -> None:
     server = uvicorn.Server(uvicorn.Config(nothing, log_config=None))
     server.config = None  # type: ignore[assignment]
     assert handled_by(server.handle_exit) == 1
+
+
+async def test_writing_waits_while_clients_are_heard_but_not_for_long() -> None:
+    """What several clients, or one in several pieces, make the application say leaves together."""
+    flushed = asyncio.Event()
+
+    class Recording:
+        def flush(self) -> None:
+            flushed.set()
+
+    tick = _Tick()
+    tick.add(Recording())  # type: ignore[arg-type]
+    for _ in range(_TICKS):
+        tick.heard = True
+        await asyncio.sleep(0)
+        assert not flushed.is_set()
+    tick.heard = True
+    await asyncio.sleep(0)
+    assert flushed.is_set()
