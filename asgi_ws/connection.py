@@ -16,8 +16,8 @@ from asgi_ws._types import Handler
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
 from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, SubscriptionDenied
-from asgi_ws.frames import Frame, may_be_sent
-from asgi_ws.inbox import Inbox, Rate, size_of
+from asgi_ws.frames import Frame, may_be_sent, size_of
+from asgi_ws.inbox import Inbox, Rate
 from asgi_ws.links import Link, ReceivingLink
 from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox

@@ -21,6 +21,7 @@ __all__ = [
     "Violation",
     "control_frame",
     "may_be_sent",
+    "size_of",
 ]
 
 TEXT: Final = 0x1
@@ -60,10 +61,7 @@ class Frame:
     def size(self) -> int:
         """The payload's length in bytes."""
         if self._size is None:
-            payload = self.payload
-            if isinstance(payload, str) and not payload.isascii():
-                payload = payload.encode()
-            self._size = len(payload)
+            self._size = size_of(self.payload)
         return self._size
 
     @property
@@ -96,6 +94,13 @@ class Frame:
     @property
     def _data(self) -> bytes:
         return self.payload.encode() if isinstance(self.payload, str) else self.payload
+
+
+def size_of(payload: str | bytes) -> int:
+    """In bytes. A lone surrogate, which no UTF-8 has, counts as what it would take."""
+    if isinstance(payload, bytes) or payload.isascii():
+        return len(payload)
+    return len(payload.encode(errors="surrogatepass"))
 
 
 def control_frame(opcode: int, payload: bytes = b"") -> bytes:

@@ -5,9 +5,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from asgi_ws.frames import size_of
 from asgi_ws.limits import Limits
 
-__all__ = ["Inbox", "Rate", "size_of"]
+__all__ = ["Inbox", "Rate"]
 
 _SIZE = 1024 * 1024
 """How many bytes an inbox holds where messages have no largest size."""
@@ -92,10 +93,3 @@ class Rate:
         now = time.monotonic()
         self._full_at = max(self._full_at, now) + self._interval
         return self._full_at - now <= self._burst_time
-
-
-def size_of(payload: str | bytes) -> int:
-    """In bytes. A lone surrogate, which no UTF-8 has, counts as what it would take."""
-    if isinstance(payload, bytes) or payload.isascii():
-        return len(payload)
-    return len(payload.encode(errors="surrogatepass"))

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from asgi_ws.exceptions import InvalidMessage
+from asgi_ws.frames import size_of
 
 __all__ = ["Payload", "encode", "json_decoder", "to_json"]
 
@@ -29,8 +30,7 @@ class Payload:
     @property
     def size(self) -> int:
         """Its length in bytes."""
-        data = self.data
-        return len(data.encode() if isinstance(data, str) and not data.isascii() else data)
+        return size_of(self.data)
 
     def decode(self) -> Any:
         """The data again: a `str`, `bytes`, or what the JSON says."""
