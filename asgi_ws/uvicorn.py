@@ -99,45 +99,50 @@ def _nothing() -> None:
 class TransportLink:
     """Writes ready frames to a transport; those of one tick of the event loop leave together."""
 
-    __slots__ = ("_ended", "_pending", "_pending_size", "_tick", "_transport", "on_ready", "written")
+    __slots__ = ("_ended", "_flushed", "_more", "_pending", "_tick", "_transport", "on_ready", "written")
 
     def __init__(self, transport: asyncio.Transport | None = None) -> None:
         self.on_ready: Callable[[], None] = _nothing
         self.written = 0
         self._transport = cast(asyncio.Transport, transport)
         self._tick = _ticks.setdefault(asyncio.get_running_loop(), _Tick())
-        self._pending: list[bytes] | None = None
-        self._pending_size = 0
+        # The first frame of a tick, which mostly is the only one, and those that came behind it.
+        self._pending: bytes | None = None
+        self._more: list[bytes] | None = None
+        self._flushed = 0
         self._ended = False
 
     def abort(self) -> None:
         self._ended = True
-        self._pending = None
+        self._pending = self._more = None
         self._transport.abort()
 
     @property
     def buffered(self) -> int:
-        return self._transport.get_write_buffer_size() + (self._pending_size if self._pending else 0)
+        return self._transport.get_write_buffer_size() + (self.written - self._flushed if self._pending else 0)
 
     def flush(self) -> None:
         """Write what this tick has gathered."""
         pending = self._pending
         if pending is not None:
             self._pending = None
+            self._flushed = self.written
+            if self._more is not None:
+                pending += b"".join(self._more)
+                self._more = None
             if not self._transport.is_closing():
-                self._transport.write(pending[0] if len(pending) == 1 else b"".join(pending))
+                self._transport.write(pending)
 
     def _gather(self, wire: bytes) -> None:
-        size = len(wire)
-        self.written += size
+        self.written += len(wire)
         if self._pending is None:
-            self._pending = [wire]
-            self._pending_size = size
+            self._pending = wire
             self._tick.add(self)
+        elif self._more is None:
+            self._more = [wire]
         else:
-            self._pending.append(wire)
-            self._pending_size += size
-        if self._pending_size > _FLUSH_FROM:
+            self._more.append(wire)
+        if self.written - self._flushed > _FLUSH_FROM:
             self.flush()
 
 
