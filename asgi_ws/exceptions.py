@@ -4,6 +4,7 @@ AsgiWsError
 ├── ConnectionClosed      the client is gone, or we closed the connection
 ├── InvalidMessage        the client sent what can't be read
 ├── InvalidChannel        no channel can have this name
+├── InvalidPosition       these words aren't a position
 ├── SubscriptionDenied    a rule or a limit said no
 ├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
 ├── HubNotRunning         the hub was used before it was started
@@ -17,6 +18,7 @@ __all__ = [
     "HubNotRunning",
     "InvalidChannel",
     "InvalidMessage",
+    "InvalidPosition",
     "SubscriberTooSlow",
     "SubscriptionDenied",
 ]
@@ -64,6 +66,18 @@ class InvalidMessage(AsgiWsError):
 class InvalidChannel(AsgiWsError, ValueError):
     """No channel can have this name. Where nobody catches it, the connection whose handler used it is closed with
     1008."""
+
+
+class InvalidPosition(AsgiWsError, ValueError):
+    """These words aren't a position in a channel. Where nobody catches it, the connection whose handler used them is
+    closed with 1008."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"not a position: {self.text[:100]!r}"
 
 
 class SubscriptionDenied(AsgiWsError):

@@ -4,19 +4,44 @@ import dataclasses
 import typing
 from typing import Any
 
+from asgi_ws.exceptions import InvalidPosition
 from asgi_ws.frames import Frame
 from asgi_ws.payloads import Payload
 
-__all__ = ["Encoder", "Position", "Publication"]
+__all__ = ["Encoder", "History", "Position", "Publication", "Retention"]
+
+_MAX_OFFSET = 2**53 - 1
+"""The largest number that every client's JSON can say."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Position:
     """A place in a channel's stream: the `offset` counts its publications from 1, the `epoch` changes whenever the
-    count may have started again."""
+    count may have started again. As a string, for a query or an `id:`, it is `offset:epoch`."""
 
     offset: int
     epoch: str
+
+    def __str__(self) -> str:
+        return f"{self.offset}:{self.epoch}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Position":
+        """What `str(position)` has made. Raises `InvalidPosition` for anything else."""
+        offset, found, epoch = text.partition(":")
+        if not (found and 0 < len(epoch) <= 64 and epoch.isprintable() and len(offset) <= 16):
+            raise InvalidPosition(text)
+        if not (offset.isascii() and offset.isdecimal() and int(offset) <= _MAX_OFFSET):
+            raise InvalidPosition(text)
+        return cls(int(offset), epoch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Retention:
+    """How much of a channel is kept: the latest `size` publications, for `ttl` seconds after the last one."""
+
+    size: int
+    ttl: float
 
 
 class Encoder(typing.Protocol):
@@ -52,3 +77,11 @@ class Publication:
         if frame is None:
             frame = self._frames[encoder.format] = Frame(encoder.encode_publication(self))
         return frame
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class History:
+    """Publications that a channel has kept, oldest first, and its current position."""
+
+    publications: tuple[Publication, ...]
+    position: Position

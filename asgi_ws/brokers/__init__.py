@@ -1,9 +1,9 @@
 """What joins processes: the broker for a URL."""
 
-from asgi_ws.brokers.base import Broker
+from asgi_ws.brokers.base import Broker, HistoryBroker, PresenceBroker
 from asgi_ws.brokers.memory import MemoryBroker
 
-__all__ = ["Broker", "MemoryBroker", "broker_for"]
+__all__ = ["Broker", "HistoryBroker", "MemoryBroker", "PresenceBroker", "broker_for"]
 
 
 def broker_for(url: str) -> Broker:
