@@ -1,7 +1,7 @@
 """The realtime layer for Starlette, FastAPI and any other ASGI application."""
 
 from asgi_ws import testing
-from asgi_ws.brokers import Broker
+from asgi_ws.brokers import Broker, HistoryBroker, PresenceBroker
 from asgi_ws.connection import Connection
 from asgi_ws.exceptions import (
     AsgiWsError,
@@ -10,13 +10,17 @@ from asgi_ws.exceptions import (
     HubNotRunning,
     InvalidChannel,
     InvalidMessage,
+    InvalidPosition,
+    PublicationsLost,
     SubscriberTooSlow,
     SubscriptionDenied,
 )
 from asgi_ws.hub import Hub
 from asgi_ws.limits import Limits
-from asgi_ws.messages import Position, Publication
+from asgi_ws.messages import History, Position, Publication, Recovery
 from asgi_ws.middleware import WebSocketMiddleware
+from asgi_ws.outside import publish
+from asgi_ws.presence import Member, PresenceEvent, PresenceStats
 
 __version__ = "0.1.0"
 
@@ -26,15 +30,25 @@ __all__ = [
     "BrokerError",
     "Connection",
     "ConnectionClosed",
+    "History",
+    "HistoryBroker",
     "Hub",
     "HubNotRunning",
     "InvalidChannel",
     "InvalidMessage",
+    "InvalidPosition",
     "Limits",
+    "Member",
     "Position",
+    "PresenceBroker",
+    "PresenceEvent",
+    "PresenceStats",
     "Publication",
+    "PublicationsLost",
+    "Recovery",
     "SubscriberTooSlow",
     "SubscriptionDenied",
     "WebSocketMiddleware",
+    "publish",
     "testing",
 ]

@@ -3,15 +3,21 @@
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from asgi_ws.exceptions import InvalidChannel
+from asgi_ws.messages import Retention
 
 __all__ = ["MAX_LENGTH", "Rule", "Rules", "check_name", "compile_pattern"]
 
 MAX_LENGTH = 255
 """How many characters a channel's name may have."""
+MAX_HISTORY = 100_000
+"""How many publications of a channel can be kept."""
+DEFAULT_TTL = 24 * 60 * 60.0
+"""How many seconds a history is kept after the last publication where a rule doesn't say."""
+MAX_TTL = 366 * DEFAULT_TTL
 
 _PARAMETER = re.compile(r"\{([^{}]*)\}")
 
@@ -56,6 +62,8 @@ class Rule:
 
     pattern: str
     expression: re.Pattern[str]
+    retention: Retention | None = None
+    presence: bool = False
     allows: Callable[..., Awaitable[bool]] | None = None
 
     @property
@@ -70,11 +78,16 @@ class Rules:
     def __init__(self) -> None:
         self._rules: dict[str, Rule] = {}
 
-    def add(self, pattern: str) -> Rule:
-        """A new rule for `pattern`. Raises `ValueError` for a pattern that has one or that can't match."""
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self._rules.values())
+
+    def add(self, pattern: str, history: int = 0, ttl: float | None = None, presence: bool = False) -> Rule:
+        """A new rule for `pattern`. Raises `ValueError` for a pattern that has one or that can't match, and for a
+        history that can't be kept."""
         if pattern in self._rules:
             raise ValueError(f"{pattern!r} has a rule already")
-        rule = self._rules[pattern] = Rule(pattern, compile_pattern(pattern))
+        rule = Rule(pattern, compile_pattern(pattern), _retention(history, ttl), presence)
+        self._rules[pattern] = rule
         return rule
 
     def find(self, channel: str) -> tuple[Rule | None, dict[str, Any]]:
@@ -83,3 +96,13 @@ class Rules:
             if match := rule.expression.fullmatch(channel):
                 return rule, match.groupdict()
         return None, {}
+
+
+def _retention(history: int, ttl: float | None) -> Retention | None:
+    if not isinstance(history, int) or not 0 <= history <= MAX_HISTORY:
+        raise ValueError(f"history={history!r}: must be a number of publications, 0 to {MAX_HISTORY}")
+    if ttl is not None and not history:
+        raise ValueError(f"ttl={ttl!r} without history=: there is nothing to keep")
+    if ttl is not None and not 0 < ttl <= MAX_TTL:
+        raise ValueError(f"ttl={ttl!r}: must be a number of seconds, more than 0 and at most {MAX_TTL:.0f}")
+    return Retention(history, DEFAULT_TTL if ttl is None else float(ttl)) if history else None

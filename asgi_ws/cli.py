@@ -8,6 +8,7 @@ import errno
 import importlib
 import importlib.metadata
 import io
+import json
 import os
 import re
 import shlex
@@ -18,10 +19,13 @@ import threading
 import typing
 import unicodedata
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
-from asgi_ws import deployment
+from asgi_ws import deployment, outside
+from asgi_ws.exceptions import AsgiWsError, InvalidPosition, PublicationsLost
+from asgi_ws.hub import Hub
+from asgi_ws.messages import Position
 
 if typing.TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
@@ -117,6 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     block.add_argument("--origin", metavar="URL", type=_header_value, help="be a page of this origin")
     block.set_defaults(command=connect)
 
+    block = commands.add_parser(
+        "publish",
+        help="publish to a channel from outside",
+        description="Publish one thing to a channel of the applications whose hubs have this broker.",
+    )
+    _add_channel(block)
+    block.add_argument("data", metavar="DATA", help="JSON, or any other text; - reads it from the standard input")
+    block.add_argument("--text", action="store_true", help="it is text, even if it looks like JSON")
+    block.set_defaults(command=publish)
+
+    block = commands.add_parser(
+        "watch",
+        help="show what is published to a channel",
+        description="Show what is published to a channel, until Ctrl-C: the position, where the channel has a history, "
+        "and the data.",
+    )
+    _add_channel(block)
+    block.add_argument("--since", metavar="POSITION", type=_position, help="begin behind this one")
+    block.set_defaults(command=watch)
+
     # What follows is for uvicorn, options and all: here, nothing looks like an option.
     block = commands.add_parser(
         "run", help="serve an application with uvicorn and asgi_ws's WebSocket class", prefix_chars="\0", add_help=False
@@ -172,6 +196,24 @@ def connect(arguments: argparse.Namespace) -> int:
         # A server may send what this terminal has no character for.
         sys.stdout.reconfigure(errors="backslashreplace")
     return asyncio.run(_connect(arguments))
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    """Publish, and show the position."""
+    text = sys.stdin.read() if arguments.data == "-" else arguments.data
+    with _broker_troubles():
+        position = outside.publish(arguments.url, arguments.channel, text if arguments.text else _data(text))
+    print("published" if position is None else position)
+    return 0
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Show publications until it is interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with _broker_troubles():
+        asyncio.run(_watch(arguments))
+    return 0
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -267,6 +309,52 @@ def _header_value(text: str) -> str:
 
 
 # demo and run
+
+
+def _add_channel(block: argparse.ArgumentParser) -> None:
+    block.add_argument("url", metavar="URL", help="the broker's, for example redis://localhost")
+    block.add_argument("channel", metavar="CHANNEL")
+
+
+def _position(text: str) -> Position:
+    try:
+        return Position.parse(text)
+    except InvalidPosition as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _data(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+@contextlib.contextmanager
+def _broker_troubles() -> Iterator[None]:
+    try:
+        yield
+    except (AsgiWsError, ImportError, TypeError, ValueError) as error:
+        raise CommandFailed(str(error)) from error
+
+
+async def _watch(arguments: argparse.Namespace) -> None:
+    outside.check_url(arguments.url)
+    since = arguments.since
+    async with Hub(arguments.url, wait=True) as hub:
+        while True:
+            try:
+                async with hub.subscribe(arguments.channel, since=since) as publications:
+                    if since is not None and not publications.recovery.recovered:
+                        print("* what was published since then can't be had", file=sys.stderr, flush=True)
+                    async for publication in publications:
+                        position = publication.position
+                        words = _escape(_shown(publication.payload.data))
+                        print(words if position is None else f"{position} {words}", flush=True)
+                    return
+            except PublicationsLost as lost:
+                since = None
+                print(f"* {lost}", file=sys.stderr, flush=True)
 
 
 def _standard(name: str) -> Any:

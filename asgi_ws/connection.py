@@ -1,6 +1,7 @@
 """One client: what it sends, what it is sent, which channels it listens to, and how all that ends."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -15,13 +16,14 @@ from typing_extensions import TypeVar
 from asgi_ws._types import Handler
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
-from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, SubscriptionDenied
+from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, InvalidPosition, SubscriptionDenied
 from asgi_ws.frames import Frame, may_be_sent, size_of
 from asgi_ws.inbox import Inbox, Rate
 from asgi_ws.links import Link, ReceivingLink
-from asgi_ws.messages import Position, Publication
+from asgi_ws.messages import Position, Publication, Recovery
 from asgi_ws.outbox import Outbox
 from asgi_ws.payloads import to_json
+from asgi_ws.presence import Member, events_of
 from asgi_ws.protocols import Protocol
 from asgi_ws.uvicorn import find_link
 
@@ -81,6 +83,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._closed: ConnectionClosed | None = None
         self._lost = False
         self._channels: set[str] = set()
+        self._watched: set[str] = set()
         self._left = False
         self._handler: asyncio.Task[Any] | None = None
         self._handler_listens = False
@@ -91,6 +94,21 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     def channels(self) -> frozenset[str]:
         """The channels that this connection is subscribed to."""
         return frozenset(self._channels)
+
+    @property
+    def user(self) -> Any:
+        """Who the client is: what an authentication middleware says, or what the application has set."""
+        return super().user
+
+    @user.setter
+    def user(self, user: Any) -> None:
+        self.scope["user"] = user
+
+    @property
+    def user_id(self) -> str | None:
+        """By what the user is known to `hub.disconnect` and to presence: a string, a number, or the `identity`, `id` or
+        `display_name` of an object; `None` for nobody."""
+        return _user_id(self.scope.get("user"))
 
     @property
     def dropped(self) -> int:
@@ -131,6 +149,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
         self._inbox = Inbox(limits)
         self._context.connections.watch(self._link, self)
+        self._context.clients[self.id] = self
         if limits.messages_per_second is not None:
             self._rate = Rate(limits.messages_per_second, limits.burst)
         if hasattr(self._link, "listen"):
@@ -197,40 +216,79 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     # Channels
 
-    async def subscribe(self, channel: str) -> None:
+    async def subscribe(
+        self, channel: str, *, since: Position | str | None = None, info: Any = None, join_leave: bool = False
+    ) -> Recovery:
         """From the return of this call on, the client gets what is published to the channel. A second time is none.
 
+        In a channel with a history, `since` is the position (or the text of one) up to which the client has everything:
+        what it has missed is sent first, if all of it can be had; what is returned says so. If later on publications
+        are lost that the history hasn't got, the connection is closed with 1013, and comes back for that.
+
+        In a channel with presence, `info` is what others see of the client besides its id and its user. With
+        `join_leave` it is told who comes and who goes, by the JSON of a `PresenceEvent`.
+
         Raises `SubscriptionDenied` when the channel's rule says no or the connection has too many channels,
-        `ConnectionClosed`, and `InvalidChannel` for a name that no channel can have.
+        `ConnectionClosed`, `BrokerError`, `InvalidChannel` for a name that no channel can have, `InvalidPosition`, and
+        `ValueError` when `info` or `join_leave` is asked for in a channel without presence.
         """
         self._opened(self._outbox)
         check_name(channel)
+        since = since or self.scope.get("asgi_ws.since")
+        if isinstance(since, str):
+            since = Position.parse(since)
         if channel in self._channels:
-            return
+            return Recovery(False, None)
         rule, parameters = self._context.rules.find(channel)
         if rule is not None and rule.allows is not None and not await rule.allows(self, **parameters):
             raise SubscriptionDenied(channel)
         if self._closed is not None or self._left:
             raise (self._closed or ConnectionClosed(1000)).again()
+        present = rule is not None and rule.presence
+        if not present and (join_leave or info is not None):
+            raise ValueError(f"{channel!r} has no presence; declare it with hub.channel(..., presence=True)")
         limit = self._context.limits.channels
         if limit is not None and len(self._channels) >= limit:
             raise SubscriptionDenied(channel, f"a connection can have {limit} channels")
         self._channels.add(channel)
         pubsub = self._context.pubsub
         try:
-            await pubsub.subscribe(channel, self)
+            if join_leave:
+                self._watched.add(channel)
+                self._context.presence.watch(channel)
+                await pubsub.subscribe(events_of(channel), self)
+            recovery = await pubsub.subscribe(channel, self, since=since)
+            if present:
+                await self._context.presence.enter(channel, Member(self.id, self.user_id, info))
         except BaseException:
             self._channels.discard(channel)
+            await self._leave([channel])
             raise
         if channel not in self._channels:
             # Meanwhile the connection was left, or the channel, and nobody could know of this subscription yet.
-            await pubsub.unsubscribe([channel], self)
+            await self._leave([channel])
+        return recovery
 
     async def unsubscribe(self, channel: str) -> None:
         """The client gets nothing of the channel any more, from this call on."""
         if channel in self._channels:
             self._channels.discard(channel)
-            await self._context.pubsub.unsubscribe([channel], self)
+            await self._leave([channel])
+
+    async def _leave(self, channels: Iterable[str]) -> None:
+        watched = self._watched.intersection(channels)
+        self._watched -= watched
+        await self._context.leave(channels, watched, self)
+
+    def lost(self, channel: str) -> None:
+        """Publications to a channel with a history are lost to this client. Called by the hub."""
+        logger.info("%r is told that publications to %r were lost", self.scope["path"], channel)
+        self.cut(1013, "insufficient state")
+
+    def cut(self, code: int, reason: str) -> None:
+        """Close at once, whatever waits. Called by the hub; never waits, never raises."""
+        if self._closed is None:
+            self._refuse(code, reason)
 
     async def publish(self, channel: str, data: Any, *, exclude_self: bool = False) -> Position | None:
         """Publish to a channel, as `hub.publish` does; with `exclude_self` this connection doesn't get it."""
@@ -319,7 +377,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 return 1008, str(error)
             case WebSocketException() if may_be_sent(error.code):
                 return error.code, error.reason
-            case InvalidChannel():
+            case InvalidChannel() | InvalidPosition():
                 # As often as not the name was made of what the client said.
                 return 1008, str(error)
             case HTTPException() if error.status_code < 500:
@@ -331,7 +389,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     async def _leave_channels(self) -> None:
         self._left = True
         channels, self._channels = self._channels, set()
-        await self._context.leave(channels, self)
+        await self._leave(channels)
 
     async def _close(self, code: int, reason: str) -> None:
         link, outbox = cast(Link, self._link), cast(Outbox, self._outbox)
@@ -353,6 +411,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if self._link is None or self._outbox is None:
             return
         self._exchange.ended = True
+        self._context.clients.pop(self.id, None)
         if self._reader is not None:
             self._reader.cancel()
         if self._end(ConnectionClosed(1006, clean=False), discard=True):
@@ -464,6 +523,20 @@ def _closed_by(message: Message) -> ConnectionClosed:
     if code == 1006 or (code == 1005 and reason is None):
         return ConnectionClosed(1006, "", clean=False)
     return ConnectionClosed(code, reason or "")
+
+
+def _user_id(user: Any) -> str | None:
+    if user is None or isinstance(user, str):
+        return user or None
+    if isinstance(user, int):
+        return str(user)
+    if getattr(user, "is_authenticated", True) is False:
+        return None
+    for name in ("identity", "id", "display_name"):
+        # Starlette's own users have an identity that isn't implemented.
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            return _user_id(getattr(user, name))
+    return None
 
 
 def _cut(reason: str) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import ipaddress
 import logging
 import random
+import typing
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -13,16 +14,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from asgi_ws._types import Overflow
+from asgi_ws.brokers import Broker, HistoryBroker, PresenceBroker
 from asgi_ws.channels import Rules, check_name
-from asgi_ws.exceptions import ConnectionClosed, HubNotRunning
+from asgi_ws.exceptions import ConnectionClosed, HubNotRunning, InvalidMessage
 from asgi_ws.limits import Limits
 from asgi_ws.links import Link, Receiver
-from asgi_ws.messages import Position
+from asgi_ws.messages import Position, Publication, Retention
 from asgi_ws.origins import OriginPolicy
-from asgi_ws.payloads import encode
+from asgi_ws.payloads import Payload, encode, json_decoder, to_json
+from asgi_ws.presence import Presence, events_of
 from asgi_ws.pubsub import PubSub, Subscriber
 
-__all__ = ["STOP_TIME", "Connections", "Context", "Exchange"]
+__all__ = ["STOP_TIME", "Client", "Connections", "Context", "Exchange", "Order"]
 
 logger = logging.getLogger("asgi_ws")
 
@@ -142,6 +145,41 @@ class Connections:
             self._look_later()
 
 
+class Client(typing.Protocol):
+    """A connection, as far as others can end it."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def user_id(self) -> str | None: ...
+
+    def cut(self, code: int, reason: str) -> None:
+        """Close it at once. Never waits, never raises."""
+        ...
+
+
+class SubscribedClient(Client, Subscriber, typing.Protocol):
+    """The same where it has subscribed to channels."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """What every process is told to do: end the connections of a user, or one of them."""
+
+    user: str | None
+    connection: str | None
+    code: int
+    reason: str
+
+
+_CONTROL = "\x1fcontrol"
+"""The channel of orders. No application can make such a name."""
+_RULES = "rules"
+_read_order = json_decoder(Order)
+_read_rules = json_decoder(list[tuple[str, int, float]])
+
+
 class Context:
     """What the connections of one hub share."""
 
@@ -152,8 +190,12 @@ class Context:
         self.rules = Rules()
         self.on_connect: list[Callable[[Any], Awaitable[None]]] = []
         self.connections = Connections(limits)
+        self.clients: dict[str, Client] = {}
+        """The open connections by their ids."""
+        self._borrowed = Rules()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pubsub: PubSub | None = None
+        self._presence: Presence | None = None
 
     @property
     def runs_here(self) -> bool:
@@ -177,32 +219,99 @@ class Context:
             )
         return self._pubsub
 
-    async def start(self, pubsub: PubSub) -> None:
-        """Begin to serve on the running loop."""
+    @property
+    def presence(self) -> Presence:
+        """Raises what `pubsub` does, and `ValueError` when the broker knows of no presence."""
+        if self.pubsub and self._presence is not None:
+            return self._presence
+        raise ValueError("this hub's broker can't tell who is in a channel")
+
+    async def start(self, broker: Broker) -> None:
+        """Begin to serve on the running loop. Raises `BrokerError`."""
+        pubsub = PubSub(broker, self.retention, self.limits.recovery)
         await pubsub.start()
+        try:
+            if broker.spans_processes:
+                await pubsub.subscribe(_CONTROL, self)
+            if isinstance(broker, HistoryBroker):
+                await self._share_rules(broker)
+        except BaseException:
+            await pubsub.stop()
+            raise
+        self._presence = Presence(broker, pubsub) if isinstance(broker, PresenceBroker) else None
         self._loop = asyncio.get_running_loop()
         self._pubsub = pubsub
 
+    async def _share_rules(self, broker: HistoryBroker) -> None:
+        """Whoever publishes from outside, without rules of his own, is to keep what the application keeps."""
+        own = [(rule.pattern, rule.retention.size, rule.retention.ttl) for rule in self.rules if rule.retention]
+        if own:
+            await broker.remember(_RULES, to_json(own))
+        elif broker.spans_processes:
+            words = await broker.recall(_RULES)
+            self._borrowed = Rules()
+            for pattern, size, ttl in _read_rules(words or "[]"):
+                self._borrowed.add(pattern, size, ttl)
+
     def forget(self) -> None:
         """Drop what can't be stopped any more."""
-        self._loop = self._pubsub = None
+        self._loop = self._pubsub = self._presence = None
         self.connections = Connections(self.limits)
+        self.clients.clear()
 
     async def stop(self) -> None:
         """The end of that."""
         pubsub, self._pubsub = self.pubsub, None
+        presence, self._presence = self._presence, None
         self.connections.stop()
+        if presence is not None:
+            await presence.stop()
         await pubsub.stop()
+
+    def retention(self, channel: str) -> Retention | None:
+        """How much of a channel is kept."""
+        rule, _ = self.rules.find(channel)
+        if rule is None:
+            rule, _ = self._borrowed.find(channel)
+        return rule.retention if rule is not None else None
 
     async def publish(self, channel: str, data: Any, *, sender: str | None = None) -> Position | None:
         """What `Hub.publish` and `Connection.publish` do."""
         check_name(channel)
         return await self.pubsub.publish(channel, encode(data), sender=sender)
 
-    async def leave(self, channels: Iterable[str], subscriber: Subscriber) -> None:
-        """Unsubscribe; a hub that was stopped has no subscriptions left."""
-        if self._pubsub is not None:
-            await self._pubsub.unsubscribe(channels, subscriber)
+    async def leave(self, channels: Iterable[str], watched: Iterable[str], client: "SubscribedClient") -> None:
+        """Unsubscribe a client from channels, and from the events of those that it `watched`. A hub that was stopped
+        has no subscriptions left."""
+        pubsub, presence = self._pubsub, self._presence
+        if pubsub is None:
+            return
+        channels = list(channels)
+        for channel in watched:
+            if presence is not None:
+                presence.unwatch(channel)
+        await pubsub.unsubscribe([*channels, *map(events_of, watched)], client)
+        if presence is not None:
+            await asyncio.gather(*(presence.leave(channel, client.id) for channel in channels))
+
+    async def order(self, order: Order) -> None:
+        """Have it done in every process. Raises `BrokerError`."""
+        if self.pubsub.has_subscribers(_CONTROL):
+            await self.pubsub.publish(_CONTROL, Payload("json", to_json(order)))
+        else:
+            self._obey(order)
+
+    def push(self, publication: Publication) -> None:
+        """Take an order. Called by the hub."""
+        try:
+            self._obey(_read_order(publication.payload.data))
+        except InvalidMessage as error:
+            logger.warning("an order that can't be read was dropped: %s", error)
+
+    def _obey(self, order: Order) -> None:
+        for client in list(self.clients.values()):
+            if client.id == order.connection or (order.user is not None and client.user_id == order.user):
+                client.cut(order.code, order.reason)
 
     def admit(self, scope: Scope, exchange: "Exchange") -> None:
         """Let a request in, as far as its origin and the limits are concerned, and count it until `exchange.leave`.

@@ -7,6 +7,7 @@ AsgiWsError
 ├── InvalidPosition       these words aren't a position
 ├── SubscriptionDenied    a rule or a limit said no
 ├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
+├── PublicationsLost      publications are missing that the channel's history hasn't got any more
 ├── HubNotRunning         the hub was used before it was started
 └── BrokerError           a publication may not have gone out
 """
@@ -19,6 +20,7 @@ __all__ = [
     "InvalidChannel",
     "InvalidMessage",
     "InvalidPosition",
+    "PublicationsLost",
     "SubscriberTooSlow",
     "SubscriptionDenied",
 ]
@@ -101,6 +103,18 @@ class SubscriberTooSlow(AsgiWsError):
 
     def __str__(self) -> str:
         return f"the subscription to {self.channel!r} was not read fast enough; read it in a task of its own"
+
+
+class PublicationsLost(AsgiWsError):
+    """Publications to a channel with a history are missing, and can't be had any more: the broker has lost them. What
+    was made of the earlier ones has to be loaded anew."""
+
+    def __init__(self, channel: str) -> None:
+        super().__init__(channel)
+        self.channel = channel
+
+    def __str__(self) -> str:
+        return f"publications to {self.channel!r} were lost; load its state anew and subscribe again"
 
 
 class HubNotRunning(AsgiWsError, RuntimeError):

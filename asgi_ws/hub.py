@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import random
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
@@ -9,15 +10,18 @@ from typing import Any, Literal, Self, TypeVar, overload
 from starlette.routing import WebSocketRoute
 
 from asgi_ws._types import Handler, Overflow
-from asgi_ws.brokers import Broker, MemoryBroker, broker_for
-from asgi_ws.channels import check_name
+from asgi_ws.brokers import Broker, HistoryBroker, MemoryBroker, PresenceBroker, broker_for
+from asgi_ws.channels import MAX_HISTORY, check_name
 from asgi_ws.connection import Connection, OnConnect, OnInvalid
-from asgi_ws.context import Context
+from asgi_ws.context import Context, Order
 from asgi_ws.endpoints import Endpoint, check_async, check_takes, make_route
+from asgi_ws.exceptions import BrokerError
+from asgi_ws.frames import may_be_sent
 from asgi_ws.limits import Limits
-from asgi_ws.messages import Position
+from asgi_ws.messages import History, Position
 from asgi_ws.origins import OriginPolicy
-from asgi_ws.pubsub import PubSub, Subscription
+from asgi_ws.presence import Member, PresenceStats
+from asgi_ws.pubsub import Subscription
 from asgi_ws.uvicorn import worker_count
 
 __all__ = ["Hub"]
@@ -25,6 +29,9 @@ __all__ = ["Hub"]
 logger = logging.getLogger("asgi_ws")
 
 H = TypeVar("H", bound=Callable[..., Awaitable[Any]])
+
+_RETRY = 0.1
+_MAX_RETRY = 5.0
 
 
 class Hub:
@@ -34,6 +41,7 @@ class Hub:
     `allowed_origins` says which web pages may connect: `None` those of the same origin, a list those it names, `"*"`
     any. `overflow` says what happens when more waits for a client than `limits.outbox_size`: `"close"` ends it with
     code 1013, `"drop_oldest"` and `"drop_newest"` drop publications, `"latest"` keeps only the newest of each channel.
+    With `wait` the hub waits at its start until the broker can be reached, instead of raising `BrokerError`.
 
     Raises `ValueError` for a URL, an origin or a policy that isn't known.
     """
@@ -45,11 +53,13 @@ class Hub:
         allowed_origins: Iterable[str] | Literal["*"] | None = None,
         limits: Limits = Limits(),  # noqa: B008  frozen
         overflow: Overflow = "close",
+        wait: bool = False,
     ) -> None:
         if overflow not in ("close", "drop_oldest", "drop_newest", "latest"):
             raise ValueError(f"overflow={overflow!r}: must be 'close', 'drop_oldest', 'drop_newest' or 'latest'")
         self._broker = broker if isinstance(broker, Broker) else broker_for(broker)
         self._context = Context(limits, overflow, OriginPolicy(allowed_origins))
+        self._wait = wait
         self._users = 0
         self._lock = asyncio.Lock()
         self.routes: list[WebSocketRoute] = []
@@ -139,14 +149,25 @@ class Hub:
 
     # Channels
 
-    def channel(self, pattern: str) -> Callable[[H], H]:
-        """Decide who may subscribe to the channels that match `pattern`, in which `{name}` is anything up to the next
-        colon: the decorated async function gets the connection and those names, and answers with a `bool`.
+    def channel(
+        self, pattern: str, *, history: int = 0, ttl: float | None = None, presence: bool = False
+    ) -> Callable[[H], H]:
+        """Say what holds for the channels that match `pattern`, in which `{name}` is anything up to the next colon.
 
-        Of several patterns that match, the first one holds; a channel without one is open to the application's code.
-        Raises `ValueError` for a pattern that can't match, `TypeError` for a function that doesn't take its names.
+        The latest `history` publications are kept, until `ttl` seconds after the last one (a day, where that isn't
+        said), so that clients which come back get what they have missed. With `presence` it is known who is there.
+
+        As a decorator it decides who may subscribe: the async function gets the connection and the pattern's names, and
+        answers with a `bool`. Called without decorating anything, everybody may whom the application's code subscribes.
+
+        Of several patterns that match, the first one holds. Raises `ValueError` for a pattern that can't match or what
+        the broker can't do, `TypeError` for a function that doesn't take the pattern's names.
         """
-        rule = self._context.rules.add(pattern)
+        if history and not isinstance(self._broker, HistoryBroker):
+            raise ValueError(f"{pattern!r}: {type(self._broker).__name__} keeps no history")
+        if presence and not isinstance(self._broker, PresenceBroker):
+            raise ValueError(f"{pattern!r}: {type(self._broker).__name__} can't tell who is in a channel")
+        rule = self._context.rules.add(pattern, history, ttl, presence)
 
         def decorate(allows: H) -> H:
             check_async(allows, "a channel's rule")
@@ -171,18 +192,87 @@ class Hub:
         sender = exclude.id if isinstance(exclude, Connection) else exclude
         return await self._context.publish(channel, data, sender=sender)
 
-    def subscribe(self, channel: str) -> Subscription:
+    def subscribe(self, channel: str, *, since: Position | str | None = None) -> Subscription:
         """What is published to a channel, for the server's own code:
 
             async with hub.subscribe("jobs:17") as publications:
                 async for publication in publications:
                     ...
 
+        In a channel with a history, what was missed since the position `since` comes first; `publications.recovery`
+        says whether all of it could be had. Should publications be lost later on, the iterator raises
+        `PublicationsLost`.
+
         Up to `limits.outbox_size` bytes wait to be read; then the iterator raises `SubscriberTooSlow`. It ends when
-        the hub stops. Raises `HubNotRunning`, and `InvalidChannel` for a name that no channel can have.
+        the hub stops. Raises `HubNotRunning`, `InvalidChannel` for a name that no channel can have, `InvalidPosition`,
+        and on entering `BrokerError`.
         """
         check_name(channel)
-        return Subscription(self._context.pubsub, channel, self._context.limits.outbox_size)
+        return self._subscription(channel, since)
+
+    async def history(self, channel: str, *, since: Position | str | None = None, limit: int | None = None) -> History:
+        """What is kept of a channel, oldest first: the latest `limit` publications, or those that follow the position
+        `since`, the first `limit` of them. `limit=0` asks for the channel's position only.
+
+        Where what follows `since` isn't kept any more, or the position is of another epoch or from the future, there
+        are no publications, and `complete` is false.
+
+        Raises `HubNotRunning`, `BrokerError`, `InvalidChannel`, `InvalidPosition`, and `ValueError` for a channel
+        without a history and for a limit below 0 or beyond what any history holds.
+        """
+        check_name(channel)
+        if limit is not None and not 0 <= limit <= MAX_HISTORY:
+            raise ValueError(f"limit={limit!r}: must be a number of publications, 0 to {MAX_HISTORY}")
+        return await self._context.pubsub.history(channel, since=_position(since), limit=limit)
+
+    async def presence(self, channel: str) -> list[Member]:
+        """Who is in a channel, in all processes. Raises `HubNotRunning`, `BrokerError`, `InvalidChannel`, and
+        `ValueError` for a channel without presence."""
+        self._check_presence(channel)
+        return await self._context.presence.members(channel)
+
+    async def presence_stats(self, channel: str) -> PresenceStats:
+        """How many connections and users are in a channel; quicker than to list them. Raises what `presence` does."""
+        self._check_presence(channel)
+        return await self._context.presence.stats(channel)
+
+    def presence_events(self, channel: str) -> Subscription:
+        """Who comes to a channel and who leaves it, for the server's own code, as `subscribe` gives what is published:
+        the `data` of each is that of a `PresenceEvent`. Raises what `presence` does."""
+        self._check_presence(channel)
+        return self._context.presence.events(channel, self._context.limits.outbox_size)
+
+    async def disconnect(
+        self,
+        *,
+        user: str | int | None = None,
+        connection: Connection[Any, Any] | str | None = None,
+        code: int = 1008,
+        reason: str = "disconnected",
+    ) -> None:
+        """End all connections of a user, or one connection (or the one of that id), in whatever process they are.
+
+        The user is the connection's `user_id`. `code` and `reason` are the close frame's. Returns when every process
+        has been told. Raises `HubNotRunning`, `BrokerError`, `TypeError` unless one of the two is given, and
+        `ValueError` for a code that may not be sent.
+        """
+        if (user is None) == (connection is None):
+            raise TypeError("disconnect takes either a user or a connection")
+        if not may_be_sent(code):
+            raise ValueError(f"a close frame can't have the code {code}; use 1008, or 4000 to 4999 for your own")
+        id_ = connection.id if isinstance(connection, Connection) else connection
+        await self._context.order(Order(None if user is None else str(user), id_, code, reason))
+
+    def _subscription(self, channel: str, since: Position | str | None) -> Subscription:
+        return Subscription(self._context.pubsub, channel, self._context.limits.outbox_size, _position(since))
+
+    def _check_presence(self, channel: str) -> None:
+        check_name(channel)
+        rules = self._context.rules
+        # A hub without rules looks from outside at what the application's has.
+        rule, _ = rules.find(channel)
+        if any(rules) and not (rule is not None and rule.presence):
+            raise ValueError(f"{channel!r} has no presence; declare it with hub.channel(..., presence=True)")
 
     # Start and stop
 
@@ -209,7 +299,7 @@ class Hub:
         async with self._lock:
             if not self._users:
                 self._warn_of_workers()
-                await self._context.start(PubSub(self._broker))
+                await self._start()
             elif not self.running:
                 raise RuntimeError("the hub runs on another event loop; one hub serves one loop at a time")
             self._users += 1
@@ -221,11 +311,27 @@ class Hub:
         if not self._users:
             await self._context.stop()
 
+    async def _start(self) -> None:
+        retry = _RETRY
+        while True:
+            try:
+                return await self._context.start(self._broker)
+            except BrokerError as error:
+                if not self._wait:
+                    raise
+                logger.warning("waiting for the broker: %s", error)
+            await asyncio.sleep(random.uniform(retry / 2, retry))
+            retry = min(retry * 2, _MAX_RETRY)
+
     def _warn_of_workers(self) -> None:
         workers = worker_count()
         if workers > 1 and isinstance(self._broker, MemoryBroker):
             logger.warning(
                 "%d workers don't share the memory broker: what one publishes, the clients of the others don't get. "
-                "Run one worker, or give the hub a Broker that joins processes",
+                'Run one worker, or join them, for example with Hub("redis://localhost")',
                 workers,
             )
+
+
+def _position(since: Position | str | None) -> Position | None:
+    return Position.parse(since) if isinstance(since, str) else since

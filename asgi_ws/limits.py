@@ -21,6 +21,9 @@ class Limits:
     """How much may wait for a client that doesn't read; then the hub's `overflow` policy decides."""
     channels: int | None = 128
     """How many channels one connection may subscribe to."""
+    recovery: int | None = 300
+    """How many missed publications a client that comes back is sent at most; one that missed more is told to load the
+    state anew."""
     connections: int | None = 10_000
     """How many connections one process serves; one more is refused with HTTP status 503."""
     connections_per_address: int | None = 10_000

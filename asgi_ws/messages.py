@@ -8,7 +8,7 @@ from asgi_ws.exceptions import InvalidPosition
 from asgi_ws.frames import Frame
 from asgi_ws.payloads import Payload
 
-__all__ = ["Encoder", "History", "Position", "Publication", "Retention"]
+__all__ = ["Encoder", "History", "Position", "Publication", "Recovery", "Retention"]
 
 _MAX_OFFSET = 2**53 - 1
 """The largest number that every client's JSON can say."""
@@ -85,3 +85,19 @@ class History:
 
     publications: tuple[Publication, ...]
     position: Position
+    complete: bool = True
+    """Whether nothing is missing between the position that was asked for and the first of them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovery:
+    """How a subscription began.
+
+    `recovered` says that nothing is missing since the position that was asked for: what was missed, `publications`,
+    has been passed on. Otherwise none of it was, and the state has to be loaded anew. `position` is where the
+    subscription has begun, where the channel has a history.
+    """
+
+    recovered: bool
+    position: Position | None
+    publications: tuple[Publication, ...] = ()

@@ -1,63 +1,151 @@
 """Who subscribes to what in this process, and the one loop over subscribers."""
 
 import asyncio
+import logging
+import random
 import typing
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
-from asgi_ws.brokers import Broker
-from asgi_ws.exceptions import SubscriberTooSlow
-from asgi_ws.messages import Position, Publication
+from asgi_ws.brokers import Broker, HistoryBroker
+from asgi_ws.exceptions import AsgiWsError, BrokerError, PublicationsLost, SubscriberTooSlow
+from asgi_ws.messages import History, Position, Publication, Recovery, Retention
 from asgi_ws.payloads import Payload
+from asgi_ws.recovery import Stream, follows, merge, read_again_from, read_from
 
 __all__ = ["PubSub", "Subscriber", "Subscription"]
 
+logger = logging.getLogger("asgi_ws")
+
+_CHECK_INTERVAL = 40.0
+"""After how many seconds positions are compared with the broker's, so that a loss at the end of a stream is seen."""
+_CHECKS_AT_ONCE = 32
+_RETRY = 0.1
+_MAX_RETRY = 2.0
+
 
 class Subscriber(typing.Protocol):
-    """Whatever can be pushed to."""
+    """Whatever can be pushed to. One that also has `lost(channel)` is told, instead of being left with a gap, that
+    publications of a channel with a history are lost to it; it then leaves the channel."""
 
     def push(self, publication: Publication) -> None:
         """Take a publication. Never waits, never raises."""
         ...
 
 
-class _Channel:
-    """The subscribers of one channel, and whether the broker knows that there are some."""
+class _Joiner:
+    """A subscriber that waits for a read of its channel's history."""
 
-    __slots__ = ("lock", "subscribed", "subscribers", "users")
+    __slots__ = ("begin", "joined", "since", "subscriber")
+
+    def __init__(
+        self, subscriber: Subscriber, since: Position | None, begin: Callable[[Recovery], None] | None
+    ) -> None:
+        self.subscriber = subscriber
+        self.since = since
+        self.begin = begin
+        self.joined: asyncio.Future[Recovery] = asyncio.get_running_loop().create_future()
+
+
+class _Channel:
+    """The subscribers of one channel, how far they have got in it, and whether the broker knows that there are some."""
+
+    __slots__ = ("joiners", "lock", "reader", "stream", "subscribed", "subscribers", "users")
 
     def __init__(self) -> None:
         self.subscribers: dict[Subscriber, None] = {}
+        self.joiners: list[_Joiner] = []
+        self.stream: Stream | None = None
+        self.reader: asyncio.Task[None] | None = None
         self.subscribed = False
         self.users = 0
         self.lock = asyncio.Lock()
 
 
 class PubSub:
-    """Channels and their subscribers. What is published to a channel reaches all of them in the same order."""
+    """Channels and their subscribers. What is published to a channel reaches all of them in the same order.
 
-    def __init__(self, broker: Broker) -> None:
+    `retention` says of which channels the broker keeps a history. Their subscribers get every publication once and in
+    order; where one is missing it is read from the history, and where that hasn't got it they are told. At most
+    `limit` missed publications are passed on to one that comes back.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        retention: Callable[[str], Retention | None] = lambda channel: None,
+        limit: int | None = 300,
+    ) -> None:
         self._broker = broker
+        self._retention = retention
+        self._limit = limit
         self._channels: dict[str, _Channel] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._check_timer: asyncio.TimerHandle | None = None
         self.subscriptions: set[Subscription] = set()
 
     async def start(self) -> None:
         """Start the broker. Raises `BrokerError`."""
         await self._broker.start(self.deliver, self._lost)
+        if self._broker.spans_processes:
+            self._check_later()
 
     async def stop(self) -> None:
         """Stop the broker; nothing is delivered any more, and subscriptions end."""
+        if self._check_timer is not None:
+            self._check_timer.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
         await self._broker.stop()
+        for entry in self._channels.values():
+            _fail(entry.joiners, BrokerError("the hub was stopped"))
         self._channels.clear()
         for subscription in self.subscriptions:
             subscription.end()
 
     async def publish(self, channel: str, payload: Payload, *, sender: str | None = None) -> Position | None:
         """Hand a publication to the broker. Raises `BrokerError`."""
+        retention = self._retention(channel)
+        if retention is not None and isinstance(self._broker, HistoryBroker):
+            return await self._broker.publish(channel, payload, sender=sender, retention=retention)
         return await self._broker.publish(channel, payload, sender=sender)
 
-    async def subscribe(self, channel: str, subscriber: Subscriber) -> None:
-        """From the return of this call on, the subscriber gets what is published to the channel."""
+    async def history(self, channel: str, *, since: Position | None = None, limit: int | None = None) -> History:
+        """What the broker has kept of a channel. Raises `BrokerError`, and `ValueError` when the channel keeps none."""
+        if self._retention(channel) is None or not isinstance(self._broker, HistoryBroker):
+            raise ValueError(f"{channel!r} has no history; declare one with hub.channel({channel!r}, history=...)")
+        history = await self._broker.history(channel, since=since, limit=limit)
+        if since is None:
+            return history
+        first = history.publications[0] if history.publications else None
+        if since.epoch != history.position.epoch or not (
+            follows(since, first) if first is not None else limit == 0 or since.offset == history.position.offset
+        ):
+            return History((), history.position, complete=False)
+        return history
+
+    def has_subscribers(self, channel: str) -> bool:
+        """Whether somebody in this process listens."""
+        entry = self._channels.get(channel)
+        return entry is not None and bool(entry.subscribers)
+
+    async def subscribe(
+        self,
+        channel: str,
+        subscriber: Subscriber,
+        *,
+        since: Position | None = None,
+        begin: Callable[[Recovery], None] | None = None,
+    ) -> Recovery:
+        """From the return of this call on, the subscriber gets what is published to the channel; before that, what it
+        has missed since the position `since`, if all of it can be had.
+
+        `begin` is called before anything is pushed; it never waits and never raises. Raises `BrokerError`.
+        """
         entry = self._channels.get(channel)
         if entry is None:
             entry = self._channels[channel] = _Channel()
@@ -71,22 +159,52 @@ class PubSub:
             finally:
                 entry.users -= 1
                 self._forget_if_idle(channel, entry)
-        entry.subscribers[subscriber] = None
+        stream = entry.stream
+        if stream is not None and (since is not None or stream.position is None or stream.gap):
+            return await self._join(channel, entry, _Joiner(subscriber, since, begin))
+        recovery = Recovery(False, stream.position if stream is not None else None)
+        self._admit(entry, subscriber, recovery, begin)
+        return recovery
 
     async def unsubscribe(self, channels: Iterable[str], subscriber: Subscriber) -> None:
         """Nothing of these channels is pushed to the subscriber any more, from this call on, not from its return."""
-        for channel in [channel for channel in channels if self._remove(channel, subscriber)]:
-            entry = self._channels.get(channel)
-            if entry is None:
-                # While the broker was busy with another channel, this one was released for somebody else, or all were.
-                continue
-            entry.users += 1
-            try:
-                async with entry.lock:
-                    await self._release(channel, entry)
-            finally:
-                entry.users -= 1
-                self._forget_if_idle(channel, entry)
+        last = [channel for channel in channels if self._remove(channel, subscriber)]
+        if last:
+            # In a task of its own: whoever leaves may be cancelled, and half of the channels would stay.
+            await asyncio.wait([self._release_later(last)])
+
+    def deliver(self, publication: Publication) -> None:
+        """Push a publication to the channel's subscribers. Called by the broker."""
+        entry = self._channels.get(publication.channel)
+        if entry is not None:
+            if entry.stream is None or entry.stream.passes(publication):
+                _push(entry, publication)
+            elif entry.stream.gap:
+                self._read(publication.channel, entry)
+
+    # Who comes and goes
+
+    async def _join(self, channel: str, entry: _Channel, joiner: _Joiner) -> Recovery:
+        entry.joiners.append(joiner)
+        self._read(channel, entry)
+        try:
+            return await joiner.joined
+        except BaseException:
+            if joiner in entry.joiners:
+                entry.joiners.remove(joiner)
+            entry.subscribers.pop(joiner.subscriber, None)
+            if not entry.subscribers and self._channels.get(channel) is entry:
+                self._release_later([channel])
+            raise
+
+    def _admit(
+        self, entry: _Channel, subscriber: Subscriber, recovery: Recovery, begin: Callable[[Recovery], None] | None
+    ) -> None:
+        if begin is not None:
+            begin(recovery)
+        for publication in recovery.publications:
+            subscriber.push(publication)
+        entry.subscribers[subscriber] = None
 
     def _remove(self, channel: str, subscriber: Subscriber) -> bool:
         """Whether this was the channel's last subscriber."""
@@ -96,56 +214,219 @@ class PubSub:
         del entry.subscribers[subscriber]
         return not entry.subscribers
 
-    def deliver(self, publication: Publication) -> None:
-        """Push a publication to the channel's subscribers. Called by the broker."""
-        entry = self._channels.get(publication.channel)
-        if entry is not None:
-            for subscriber in tuple(entry.subscribers):
-                subscriber.push(publication)
+    def _release_later(self, channels: Iterable[str]) -> asyncio.Task[None]:
+        return self._start(self._release_all(channels), "asgi_ws unsubscribe")
+
+    async def _release_all(self, channels: Iterable[str]) -> None:
+        await asyncio.gather(*map(self._release, channels))
+
+    async def _release(self, channel: str) -> None:
+        entry = self._channels.get(channel)
+        if entry is None:
+            # It was released for somebody else meanwhile.
+            return
+        entry.users += 1
+        try:
+            async with entry.lock:
+                if entry.subscribed and not entry.subscribers and not entry.joiners:
+                    entry.subscribed = False
+                    await self._broker.unsubscribe(channel)
+        except BrokerError as error:
+            logger.warning("the broker could not be told that nobody listens to %r any more: %s", channel, error)
+        finally:
+            entry.users -= 1
+            self._forget_if_idle(channel, entry)
 
     async def _take(self, channel: str, entry: _Channel) -> None:
         if not entry.subscribed:
+            if self._retention(channel) is not None and isinstance(self._broker, HistoryBroker):
+                # Before the broker is asked: what it delivers at once is to be collected.
+                entry.stream = Stream()
             await self._broker.subscribe(channel)
             entry.subscribed = True
-
-    async def _release(self, channel: str, entry: _Channel) -> None:
-        if entry.subscribed and not entry.subscribers:
-            entry.subscribed = False
-            await self._broker.unsubscribe(channel)
 
     def _forget_if_idle(self, channel: str, entry: _Channel) -> None:
         if not entry.users and not entry.subscribed and self._channels.get(channel) is entry:
             del self._channels[channel]
 
+    # What is missing
+
+    def _read(self, channel: str, entry: _Channel) -> None:
+        """Have the history read, for all who wait for it at once. One that is being read already may lack what the
+        later ones need, so they wait for the next."""
+        if entry.reader is None:
+            entry.reader = self._start(self._catch_up(channel, entry), "asgi_ws history")
+
+    async def _catch_up(self, channel: str, entry: _Channel) -> None:
+        retry = _RETRY
+        joiners: list[_Joiner] = []
+        try:
+            while (stream := entry.stream) is not None and (entry.joiners or (stream.gap and entry.subscribers)):
+                joiners, entry.joiners = entry.joiners, []
+                stream.begin()
+                try:
+                    history = await self._read_for(channel, stream, joiners)
+                except BrokerError as error:
+                    logger.warning("the history of %r can't be read: %s", channel, error)
+                    stream.fail()
+                    _fail(joiners, error)
+                    await asyncio.sleep(random.uniform(retry / 2, retry))
+                    retry = min(retry * 2, _MAX_RETRY)
+                    continue
+                # No await from here to the end of the step: nothing may come between what was missed and what is live.
+                if entry.stream is stream:
+                    collected, missed = stream.end(history)
+                    if missed is None:
+                        _tell_lost(channel, entry)
+                    else:
+                        for publication in missed:
+                            _push(entry, publication)
+                    if not stream.gap:
+                        self._let_in(entry, stream, joiners, history, collected)
+                        continue
+                # Everybody had left meanwhile, or what came doesn't follow: read again before anybody is let in.
+                entry.joiners[:0] = joiners
+        except asyncio.CancelledError:
+            _fail(joiners, BrokerError("the hub was stopped"))
+            raise
+        finally:
+            entry.reader = None
+
+    def _let_in(
+        self,
+        entry: _Channel,
+        stream: Stream,
+        joiners: Iterable[_Joiner],
+        history: History,
+        collected: list[Publication],
+    ) -> None:
+        now = typing.cast(Position, stream.position)
+        for joiner in joiners:
+            if joiner.joined.done():
+                continue
+            since, recovery = joiner.since, Recovery(False, now)
+            if since is not None and since.offset <= now.offset:
+                missed = merge(since, history, collected, limit=self._limit)
+                # What is on its way to everybody isn't passed on twice.
+                count = now.offset - since.offset
+                if missed is not None and len(missed) >= count:
+                    recovery = Recovery(True, now, missed[:count])
+            self._admit(entry, joiner.subscriber, recovery, joiner.begin)
+            joiner.joined.set_result(recovery)
+
+    async def _read_for(self, channel: str, stream: Stream, joiners: Iterable[_Joiner]) -> History:
+        """One read, or two, for all of them, and for those who are subscribed."""
+        broker = typing.cast(HistoryBroker, self._broker)
+        wanted = [joiner.since for joiner in joiners if joiner.since is not None]
+        now = stream.position
+        if now is not None:
+            wanted.append(now)
+        if not wanted:
+            return await broker.history(channel, since=None, limit=0)
+        limit = None if stream.gap else self._limit
+        since = read_from(wanted, (now or wanted[0]).epoch)
+        history = await broker.history(channel, since=since, limit=limit)
+        again = read_again_from(wanted, history, since, limit)
+        return history if again is None else await broker.history(channel, since=again, limit=limit)
+
     def _lost(self) -> None:
-        """The broker's link was lost and is back. Without history there is no position to compare."""
+        """The broker's link was lost and is back: nothing passes until positions have been compared."""
+        for channel, entry in self._channels.items():
+            if entry.stream is not None and entry.stream.position is not None:
+                entry.stream.gap = True
+                self._read(channel, entry)
+
+    def _check_later(self) -> None:
+        delay = random.uniform(0.75, 1.25) * _CHECK_INTERVAL
+        self._check_timer = asyncio.get_running_loop().call_later(delay, self._check)
+
+    def _check(self) -> None:
+        self._start(self._check_positions(), "asgi_ws position check")
+
+    async def _check_positions(self) -> None:
+        waiting = iter(list(self._channels.items()))
+        await asyncio.gather(*(self._check_some(waiting) for _ in range(_CHECKS_AT_ONCE)))
+        self._check_later()
+
+    async def _check_some(self, waiting: Iterable[tuple[str, _Channel]]) -> None:
+        broker = typing.cast(HistoryBroker, self._broker)
+        for channel, entry in waiting:
+            stream = entry.stream
+            before = stream.position if stream is not None else None
+            if stream is None or before is None or not entry.subscribers:
+                continue
+            try:
+                history = await broker.history(channel, since=None, limit=0)
+            except BrokerError:
+                # When the link is back, all positions are compared.
+                return
+            if stream.differs(before, history.position):
+                stream.gap = True
+                self._read(channel, entry)
+
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _push(entry: _Channel, publication: Publication) -> None:
+    for subscriber in tuple(entry.subscribers):
+        subscriber.push(publication)
+
+
+def _tell_lost(channel: str, entry: _Channel) -> None:
+    logger.warning("publications to %r were lost; its subscribers are told", channel)
+    for subscriber in tuple(entry.subscribers):
+        lost = getattr(subscriber, "lost", None)
+        if lost is not None:
+            lost(channel)
+
+
+def _fail(joiners: Iterable[_Joiner], error: BrokerError) -> None:
+    for joiner in joiners:
+        if not joiner.joined.done():
+            failure = BrokerError(str(error))
+            failure.__cause__ = error
+            joiner.joined.set_exception(failure)
 
 
 class Subscription:
     """Publications of one channel for the server's own code: `async with` subscribes, `async for` reads.
 
     What is not read yet waits, `size` bytes of it at the most; when that isn't enough, the iterator raises
-    `SubscriberTooSlow` behind what it still has. It ends when the hub stops.
+    `SubscriberTooSlow` behind what it still has. It raises `PublicationsLost` where publications are missing that the
+    channel's history hasn't got any more. It ends when the hub stops.
     """
 
-    def __init__(self, pubsub: PubSub, channel: str, size: int) -> None:
+    def __init__(self, pubsub: PubSub, channel: str, size: int, since: Position | None = None) -> None:
         self.channel = channel
+        self.recovery = Recovery(False, None)
+        """How it began; known inside of `async with`."""
+        self._since = since
         self._pubsub = pubsub
         self._size = size
         self._waiting: deque[Publication] = deque()
         self._waiting_size = 0
-        self._too_slow = False
+        self._error: AsgiWsError | None = None
         self._ended = False
         self._reader: asyncio.Future[None] | None = None
 
     def push(self, publication: Publication) -> None:
         """Take a publication. Called by the hub."""
         size = publication.payload.size
-        if self._waiting and self._waiting_size + size > self._size:
-            self._too_slow = True
-        if not self._too_slow:
+        if self._waiting and self._waiting_size + size > self._size and self._error is None:
+            self._error = SubscriberTooSlow(self.channel)
+        if self._error is None:
             self._waiting.append(publication)
             self._waiting_size += size
+            self._wake()
+
+    def lost(self, channel: str) -> None:
+        """Publications are lost to it. Called by the hub."""
+        if self._error is None:
+            self._error = PublicationsLost(channel)
             self._wake()
 
     def end(self) -> None:
@@ -162,8 +443,8 @@ class Subscription:
 
     async def __anext__(self) -> Publication:
         while not self._waiting:
-            if self._too_slow:
-                raise SubscriberTooSlow(self.channel)
+            if self._error is not None:
+                raise self._error
             if self._ended:
                 raise StopAsyncIteration
             if self._reader is not None and not self._reader.done():
@@ -178,7 +459,7 @@ class Subscription:
         # First, so that a hub that stops meanwhile ends it, too.
         self._pubsub.subscriptions.add(self)
         try:
-            await self._pubsub.subscribe(self.channel, self)
+            self.recovery = await self._pubsub.subscribe(self.channel, self, since=self._since)
         except BaseException:
             self._pubsub.subscriptions.discard(self)
             raise

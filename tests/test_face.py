@@ -81,7 +81,7 @@ def test_everything_public_is_documented(name: str) -> None:
 
 def test_signatures_of_the_hub() -> None:
     hub = parameters(Hub)
-    assert list(hub) == ["broker", "*allowed_origins", "*limits", "*overflow"]
+    assert list(hub) == ["broker", "*allowed_origins", "*limits", "*overflow", "*wait"]
     assert hub["broker"] == "memory://"
     assert hub["*allowed_origins"] is None
     assert hub["*limits"] == Limits()
@@ -91,8 +91,12 @@ def test_signatures_of_the_hub() -> None:
     assert parameters(Hub.endpoint) == {"handler": None, **endpoint}
     assert parameters(Hub.publish) == {"channel": REQUIRED, "data": REQUIRED, "*exclude": None}
     assert list(parameters(Hub.on_connect)) == ["hook"]
-    assert next(iter(parameters(Hub.channel))) == "pattern"
-    assert next(iter(parameters(Hub.subscribe))) == "channel"
+    assert parameters(Hub.channel) == {"pattern": REQUIRED, "*history": 0, "*ttl": None, "*presence": False}
+    assert parameters(Hub.subscribe) == {"channel": REQUIRED, "*since": None}
+    assert parameters(Hub.history) == {"channel": REQUIRED, "*since": None, "*limit": None}
+    assert parameters(Hub.presence) == {"channel": REQUIRED}
+    assert {"*user", "*connection"} <= set(parameters(Hub.disconnect))
+    assert list(parameters(asgi_ws.publish)) == ["url", "channel", "data"]
     assert hasattr(Hub, "__aenter__")
     assert hasattr(Hub, "__aexit__")
 
@@ -100,7 +104,7 @@ def test_signatures_of_the_hub() -> None:
 def test_signatures_of_the_connection() -> None:
     assert parameters(Connection.receive) == {}
     assert parameters(Connection.send) == {"data": REQUIRED}
-    assert next(iter(parameters(Connection.subscribe))) == "channel"
+    assert list(parameters(Connection.subscribe))[:2] == ["channel", "*since"]
     assert parameters(Connection.unsubscribe) == {"channel": REQUIRED}
     assert parameters(Connection.publish) == {"channel": REQUIRED, "data": REQUIRED, "*exclude_self": False}
     assert parameters(Connection.close) == {"code": 1000, "reason": ""}
@@ -129,6 +133,7 @@ def test_limits_and_their_defaults() -> None:
         "inbox_messages": 32,
         "outbox_size": 1024 * 1024,
         "channels": 128,
+        "recovery": 300,
         "connections": 10_000,
         "connections_per_address": 10_000,
         "messages_per_second": 2_000,

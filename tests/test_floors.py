@@ -8,22 +8,23 @@ PACKAGE = Path(__file__).parent.parent / "asgi_ws"
 
 FLOORS = [
     {"exceptions", "limits", "frames", "_types"},
-    {"payloads", "channels", "links", "origins"},
+    {"payloads", "links", "origins"},
     {"messages"},
-    {"brokers", "protocols", "inbox", "outbox", "uvicorn"},
+    {"brokers", "channels", "protocols", "inbox", "outbox", "recovery", "uvicorn"},
     {"pubsub"},
+    {"presence"},
     {"context"},
     {"connection"},
     {"endpoints"},
     {"hub"},
-    {"middleware", "testing"},
+    {"middleware", "outside", "testing"},
     {"deployment"},
     {"__init__", "demo", "cli"},  # the face, and what a terminal gets
     {"__main__"},
 ]
 INSIDE = {
     "brokers": [{"base"}, {"memory"}, {"__init__"}],
-    "protocols": [{"base"}, {"bytes", "json", "text"}, {"choice"}, {"__init__"}],
+    "protocols": [{"base"}, {"bytes", "json", "positions", "text"}, {"choice"}, {"__init__"}],
     "endpoints": [{"function"}, {"__init__"}],
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

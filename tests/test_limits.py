@@ -8,6 +8,7 @@ FIELDS = [field.name for field in dataclasses.fields(Limits)]
 OPTIONAL = [
     "message_size",
     "channels",
+    "recovery",
     "connections",
     "connections_per_address",
     "messages_per_second",

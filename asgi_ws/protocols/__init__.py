@@ -4,6 +4,7 @@ from asgi_ws.protocols.base import Protocol
 from asgi_ws.protocols.bytes import BytesProtocol
 from asgi_ws.protocols.choice import MixedProtocol, choose_protocol
 from asgi_ws.protocols.json import JsonProtocol
+from asgi_ws.protocols.positions import PositionsProtocol
 from asgi_ws.protocols.text import PlainProtocol, TextProtocol
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "JsonProtocol",
     "MixedProtocol",
     "PlainProtocol",
+    "PositionsProtocol",
     "Protocol",
     "TextProtocol",
     "choose_protocol",

@@ -1,11 +1,13 @@
 """Which protocol an endpoint's annotation asks for."""
 
+import typing
 from typing import Any
 
 from asgi_ws.messages import Publication
 from asgi_ws.protocols.base import Protocol
 from asgi_ws.protocols.bytes import BytesProtocol
 from asgi_ws.protocols.json import JsonProtocol
+from asgi_ws.protocols.positions import PositionsProtocol
 from asgi_ws.protocols.text import PlainProtocol, TextProtocol
 
 __all__ = ["MixedProtocol", "choose_protocol"]
@@ -34,14 +36,16 @@ class MixedProtocol(Protocol[Any]):
 
 def choose_protocol(incoming: Any = Any, outgoing: Any = Any) -> Protocol[Any]:
     """The protocol for `Connection[incoming, outgoing]`: `str` and `bytes` travel as they are, every other type as
-    JSON; a direction that is left open follows the other.
+    JSON; a direction that is left open follows the other. Where `outgoing` is `Publication`, or a union with it,
+    publications travel with their positions.
 
     Raises `TypeError` for a type that can't be read from JSON.
     """
     reads = _protocol_for(outgoing if incoming is Any and outgoing in (str, bytes) else incoming)
     if outgoing is Any:
         return reads
-    writes = _protocol_for(outgoing)
+    positions = Publication in (outgoing, *typing.get_args(outgoing))
+    writes = PositionsProtocol() if positions else _protocol_for(outgoing)
     return reads if reads.format == writes.format else MixedProtocol(reads, writes)
 
 
