@@ -222,8 +222,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """From the return of this call on, the client gets what is published to the channel. A second time is none.
 
         In a channel with a history, `since` is the position (or the text of one) up to which the client has everything:
-        what it has missed is sent first, if all of it can be had; what is returned says so. If later on publications
-        are lost that the history hasn't got, the connection is closed with 1013, and comes back for that.
+        what it has missed is sent first, if all of it can be had; what is returned says so, and where `Out` is
+        `Publication` the client is told before. If later on publications are lost that the history hasn't got, the
+        connection is closed with 1013, and comes back for that.
 
         In a channel with presence, `info` is what others see of the client besides its id and its user. With
         `join_leave` it is told who comes and who goes, by the JSON of a `PresenceEvent`.
@@ -257,7 +258,13 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 self._watched.add(channel)
                 self._context.presence.watch(channel)
                 await pubsub.subscribe(events_of(channel), self)
-            recovery = await pubsub.subscribe(channel, self, since=since)
+
+            def begin(recovery: Recovery) -> None:
+                words = self._protocol.encode_recovery(channel, recovery)
+                if words is not None:
+                    cast(Outbox, self._outbox).push(Frame(words), channel)
+
+            recovery = await pubsub.subscribe(channel, self, since=since, begin=begin)
             if present:
                 await self._context.presence.enter(channel, Member(self.id, self.user_id, info))
         except BaseException:

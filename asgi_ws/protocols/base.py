@@ -3,7 +3,7 @@
 import abc
 from typing import Any, ClassVar, Generic, TypeVar
 
-from asgi_ws.messages import Publication
+from asgi_ws.messages import Publication, Recovery
 
 __all__ = ["Protocol"]
 
@@ -28,3 +28,8 @@ class Protocol(abc.ABC, Generic[T_co]):
     @abc.abstractmethod
     def encode_publication(self, publication: Publication) -> str | bytes:
         """The same for what was published, already encoded."""
+
+    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | None:
+        """What the client is told of how a subscription began, before anything is sent that was published; `None` for
+        nothing."""
+        return None

@@ -3,7 +3,7 @@
 import typing
 from typing import Any
 
-from asgi_ws.messages import Publication
+from asgi_ws.messages import Publication, Recovery
 from asgi_ws.protocols.base import Protocol
 from asgi_ws.protocols.bytes import BytesProtocol
 from asgi_ws.protocols.json import JsonProtocol
@@ -32,6 +32,9 @@ class MixedProtocol(Protocol[Any]):
 
     def encode_publication(self, publication: Publication) -> str | bytes:
         return self._writes.encode_publication(publication)
+
+    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | None:
+        return self._writes.encode_recovery(channel, recovery)
 
 
 def choose_protocol(incoming: Any = Any, outgoing: Any = Any) -> Protocol[Any]:
