@@ -193,8 +193,7 @@ class PubSub:
             if joiner in entry.joiners:
                 entry.joiners.remove(joiner)
             entry.subscribers.pop(joiner.subscriber, None)
-            if not entry.subscribers and self._channels.get(channel) is entry:
-                self._release_later([channel])
+            self._release_if_left(channel, entry)
             raise
 
     def _admit(
@@ -214,6 +213,10 @@ class PubSub:
         del entry.subscribers[subscriber]
         return not entry.subscribers
 
+    def _release_if_left(self, channel: str, entry: _Channel) -> None:
+        if not entry.subscribers and self._channels.get(channel) is entry:
+            self._release_later([channel])
+
     def _release_later(self, channels: Iterable[str]) -> asyncio.Task[None]:
         return self._start(self._release_all(channels), "asgi_ws unsubscribe")
 
@@ -228,7 +231,8 @@ class PubSub:
         entry.users += 1
         try:
             async with entry.lock:
-                if entry.subscribed and not entry.subscribers and not entry.joiners:
+                # Those for whom a read goes on are about to be subscribers; behind it comes another look.
+                if entry.subscribed and not entry.subscribers and not entry.joiners and entry.reader is None:
                     entry.subscribed = False
                     await self._broker.unsubscribe(channel)
         except BrokerError as error:
@@ -258,10 +262,11 @@ class PubSub:
             entry.reader = self._start(self._catch_up(channel, entry), "asgi_ws history")
 
     async def _catch_up(self, channel: str, entry: _Channel) -> None:
+        stream = typing.cast(Stream, entry.stream)
         retry = _RETRY
         joiners: list[_Joiner] = []
         try:
-            while (stream := entry.stream) is not None and (entry.joiners or (stream.gap and entry.subscribers)):
+            while entry.joiners or (stream.gap and entry.subscribers):
                 joiners, entry.joiners = entry.joiners, []
                 stream.begin()
                 try:
@@ -274,23 +279,23 @@ class PubSub:
                     retry = min(retry * 2, _MAX_RETRY)
                     continue
                 # No await from here to the end of the step: nothing may come between what was missed and what is live.
-                if entry.stream is stream:
-                    collected, missed = stream.end(history)
-                    if missed is None:
-                        _tell_lost(channel, entry)
-                    else:
-                        for publication in missed:
-                            _push(entry, publication)
-                    if not stream.gap:
-                        self._let_in(entry, stream, joiners, history, collected)
-                        continue
-                # Everybody had left meanwhile, or what came doesn't follow: read again before anybody is let in.
-                entry.joiners[:0] = joiners
+                collected, missed = stream.end(history)
+                if missed is None:
+                    _tell_lost(channel, entry)
+                else:
+                    for publication in missed:
+                        _push(entry, publication)
+                if stream.gap:
+                    # What came while we read doesn't follow; read again before anybody is let in.
+                    entry.joiners[:0] = joiners
+                else:
+                    self._let_in(entry, stream, joiners, history, collected)
         except asyncio.CancelledError:
             _fail(joiners, BrokerError("the hub was stopped"))
             raise
         finally:
             entry.reader = None
+            self._release_if_left(channel, entry)
 
     def _let_in(
         self,
