@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tests.benchmarks.end_to_end import loop_factory, processors, raise_limit_of_files, resident_bytes
 from tests.benchmarks.load import Client, clients
 from tests.benchmarks.ticks import Plan, Report
-from tests.e2e.clients import RawClient, connect, raw
+from tests.e2e.clients import connect, raw
 from tests.servers import Process, run_process
 
 __all__ = ["main"]
@@ -53,7 +53,7 @@ class Round(NamedTuple):
     """Those of what was published within the write timeout, while stalled clients are there."""
     expected: int
     gone: list[float]
-    """For how long the stalled clients had taken nothing when the server had lost them."""
+    """For how long the stalled clients had taken nothing when the server was rid of them."""
     memory: int
 
 
@@ -92,8 +92,9 @@ async def _round(load: Load, stalled: int, processors: set[int]) -> Round:
                 latencies.append(arrived - due)
                 if due - report.due[0] < load.write_timeout:
                     early.append(arrived - due)
-        gone = await asyncio.gather(*(_took_nothing_for(client, plan, report) for client in deaf))
-        return Round(latencies, early, expected, [seconds for seconds in gone if seconds is not None], max(growth))
+        # Of which message the kernel took a last part, says how many bytes it took.
+        gone = [lost - report.due[max(taken - 1, 0) // (load.size + _HEAD)] for lost, taken in report.gone.values()]
+        return Round(latencies, early, expected, gone, max(growth))
 
 
 async def _carry_out(server: Process, plan: Plan) -> Report:
@@ -103,24 +104,7 @@ async def _carry_out(server: Process, plan: Plan) -> Report:
     ):
         await control.send(json.dumps(dataclasses.asdict(plan)))
         report = json.loads(await control.recv())
-    return Report(report["due"], {int(port): moment for port, moment in report["gone"].items()})
-
-
-async def _took_nothing_for(client: RawClient, plan: Plan, report: Report) -> float | None:
-    """How long a stalled client had taken nothing when the server lost it. None: it's still there.
-
-    What the kernels had taken until then for the client can be read still, and says which message was the last that
-    they took anything of.
-    """
-    moment = report.gone.get(client.sock.getsockname()[1])
-    if moment is None:
-        return None
-    taken = 0
-    with contextlib.suppress(ConnectionError):
-        async with asyncio.timeout(_PATIENCE):
-            while data := await asyncio.get_running_loop().sock_recv(client.sock, 65536):
-                taken += len(data)
-    return moment - report.due[max(taken - 1, 0) // (plan.size + _HEAD)]
+    return Report(report["due"], {int(port): (moment, taken) for port, (moment, taken) in report["gone"].items()})
 
 
 @contextlib.asynccontextmanager

@@ -40,25 +40,30 @@ class Report:
     due: list[float]
     """When each message was to be published, by the system's clock that never goes back. What is published late, since
     the server was busy, arrives late."""
-    gone: dict[int, float]
-    """When the connection of which port was lost."""
+    gone: dict[int, tuple[float, int]]
+    """When the connection of which port was lost, and how many bytes the kernel had taken for it until then."""
 
 
-gone: dict[int, float] = {}
+gone: dict[int, tuple[float, int]] = {}
 
 
 class NotingProtocol(WebSocketProtocol):
     """Ours, and notes when the last that the server has of a client is gone."""
 
-    __slots__ = ("_port",)
+    __slots__ = ("_port", "_taken")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._port = transport.get_extra_info("peername")[1]
+        self._taken = 0
+
+    def abort(self) -> None:
+        self._taken = self.written - self.buffered
+        super().abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        gone[self._port] = time.monotonic()
+        gone[self._port] = time.monotonic(), self._taken
 
 
 def application(write_timeout: float) -> Starlette:
