@@ -171,16 +171,17 @@ def _table(load: Load, without: list[Round], with_some: list[Round]) -> str:
     lines.append(f"| delivered to those that read | {_delivered(without)} | {_delivered(with_some)} | |")
     gone = [seconds for of in with_some for seconds in of.gone]
     lines.append(f"| stalled clients that the server has ended | | {len(gone)} of {load.stalled * len(with_some)} | |")
-    lines.append(f"| which had taken nothing for, s | | {_spread(gone)} | |")
+    lines.append(f"| which had taken nothing for, s | | {_spread(gone, 2)} | |")
     grown = [[of.memory / 1e6 for of in rounds] for rounds in (without, with_some)]
     lines.append(f"| growth of the server's memory at its peak, MB | {_spread(grown[0])} | {_spread(grown[1])} | |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], digits: int = 1) -> str:
     if not values:
         return "none"
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    middle, least, most = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({least} to {most})"
 
 
 def _delivered(rounds: Iterable[Round]) -> str:
