@@ -1,7 +1,7 @@
 """What clients that don't read cost those that do: one in ten opens its WebSocket and never reads again.
 
-`python -m tests.benchmarks.stalled` takes about two minutes. Linux only: it reads /proc, and a clock that processes
-share.
+`python -m tests.benchmarks.stalled` takes about a minute and a half. Linux only: it reads /proc, and a clock that
+processes share.
 """
 
 import argparse
