@@ -120,7 +120,8 @@ class Connections:
         self._links.clear()
 
     def _look_later(self) -> None:
-        delay = self._limits.write_timeout / self._LOOKS
+        # Timers of a busy loop are late: with all looks together, still within the timeout.
+        delay = self._limits.write_timeout / self._LOOKS * 0.99
         self._timer = asyncio.get_running_loop().call_later(delay, self._look)
 
     def _look(self) -> None:

@@ -6,11 +6,15 @@ ASGI has no way to cut off a client that reads nothing, nor to send a frame that
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import http
 import logging
 import random
 import signal
+import socket
+import struct
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
@@ -49,6 +53,8 @@ _GOODBYES_TIME = 10.0
 """How many seconds that may take."""
 _UNPARSED = 64 * 1024
 """How many bytes a client may send before its handshake is answered; then nothing more is read."""
+_RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+"""For SO_LINGER: closing the socket resets the connection, and drops what has not left yet."""
 _WINDOW_BITS = {b"8", b"9", b"10", b"11", b"12", b"13", b"14", b"15"}
 _CONNECTING, _OPEN, _REFUSED, _CLOSING, _CLOSED = range(5)
 _QUEUED_MESSAGES = 64
@@ -115,7 +121,7 @@ class TransportLink:
     def abort(self) -> None:
         self._ended = True
         self._pending = self._more = None
-        self._transport.abort()
+        self._cut_off()
 
     @property
     def buffered(self) -> int:
@@ -132,6 +138,15 @@ class TransportLink:
                 self._more = None
             if not self._transport.is_closing():
                 self._transport.write(pending)
+
+    def _cut_off(self) -> None:
+        """Abort the transport. Of a client that has not taken everything the kernel is to forget all as well: closing
+        alone would leave it megabytes, which it keeps for minutes while the other side says that it lives."""
+        if self._transport.get_write_buffer_size():
+            sock = self._transport.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        self._transport.abort()
 
     def _gather(self, wire: bytes) -> None:
         self.written += len(wire)
@@ -643,7 +658,7 @@ class WebSocketProtocol(TransportLink, asyncio.Protocol):
         self._transport.close()
         if self._transport.get_write_buffer_size():
             timeout = _STOP_TIMEOUT if self._stopping else _CLOSE_TIMEOUT
-            self._closing = self._loop.call_later(timeout, self._transport.abort)
+            self._closing = self._loop.call_later(timeout, self._cut_off)
 
     def _ping(self) -> None:
         self._keepalive = None

@@ -56,15 +56,15 @@ class UvicornServer(Address):
         self.server = server
 
 
-def listen(*, sndbuf: int | None = None, rcvbuf: int | None = None) -> socket.socket:
-    """A socket on a free port of 127.0.0.1. The kernel's buffers for one connection grow to megabytes unless they are
-    capped here: accepted sockets inherit it."""
+def listen(port: int = 0, *, sndbuf: int | None = None, rcvbuf: int | None = None) -> socket.socket:
+    """A socket on 127.0.0.1, on a free port unless one is given. The kernel's buffers for one connection grow to
+    megabytes unless they are capped here: accepted sockets inherit it."""
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     for option, size in ((socket.SO_SNDBUF, sndbuf), (socket.SO_RCVBUF, rcvbuf)):
         if size is not None:
             listening.setsockopt(socket.SOL_SOCKET, option, size)
-    listening.bind(("127.0.0.1", 0))
+    listening.bind(("127.0.0.1", port))
     return listening
 
 

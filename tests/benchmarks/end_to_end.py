@@ -21,7 +21,7 @@ from tests.benchmarks import plot
 from tests.benchmarks.load import Client, clients
 from tests.servers import Process, run_uvicorn
 
-__all__ = ["SERVERS", "main"]
+__all__ = ["SERVERS", "loop_factory", "main", "processors", "raise_limit_of_files", "resident_bytes"]
 
 _OURS = ("--ws", "asgi_ws.uvicorn:WebSocketProtocol")
 SERVERS = {
@@ -70,7 +70,7 @@ async def _served(name: str, processors: set[int]) -> AsyncIterator[Process]:
         yield server
 
 
-def _processors() -> tuple[set[int], set[int]]:
+def processors() -> tuple[set[int], set[int]]:
     """The server's and the clients': where there are two, each has one of its own."""
     free = sorted(os.sched_getaffinity(0))
     return {free[0]}, set(free[1:]) or {free[0]}
@@ -194,7 +194,7 @@ def _table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _raise_limit_of_files() -> None:
+def raise_limit_of_files() -> None:
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -210,11 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.platform != "linux":
         print("This reads the server's processor time from /proc: it runs on Linux only.", file=sys.stderr)
         return 1
-    _raise_limit_of_files()
-    servers, own = _processors()
+    raise_limit_of_files()
+    servers, own = processors()
     os.sched_setaffinity(0, own)
     begin = time.monotonic()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         figures = runner.run(_measure(1 if arguments.quick else arguments.rounds, arguments.quick, servers))
     print(_table(figures))
     versions = ", ".join(f"{name} {version(name)}" for name in ("uvicorn", "starlette", "websockets"))
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     with contextlib.suppress(ImportError):
         import uvloop
 

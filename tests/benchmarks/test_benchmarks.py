@@ -3,11 +3,12 @@ import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import end_to_end, micro, plot
+from tests.benchmarks import end_to_end, micro, plot, stalled
 from tests.servers import ROOT
 
 
@@ -36,9 +37,21 @@ def test_servers_are_measured_and_drawn(tmp_path: Path) -> None:
     assert "svg" in xml.etree.ElementTree.parse(drawn).getroot().tag
 
 
-def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_clients_that_do_not_read_are_ended_and_the_others_get_everything() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.stalled", "--quick"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert shown.returncode == 0, shown.stderr
+    assert "| delivered to those that read | 2,000 of 2,000 | 1,800 of 1,800 | |" in shown.stdout
+    assert "| stalled clients that the server has ended | | 2 of 2 | |" in shown.stdout
+
+
+@pytest.mark.parametrize("main", [end_to_end.main, stalled.main])
+def test_other_systems_are_told(
+    main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    assert end_to_end.main([]) == 1
+    assert main([]) == 1
     assert "Linux" in capsys.readouterr().err
 
 

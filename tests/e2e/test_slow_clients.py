@@ -271,3 +271,22 @@ async def test_server_stops_on_sigterm_with_clients_that_are_stuck(ws: str) -> N
         assert time.monotonic() - begin < 3
     assert "shutdown" in server.output
     assert "Traceback" not in server.output
+
+
+@pytest.mark.parametrize(("ws", "loop"), [(OURS, "asyncio"), (OURS, "auto"), (STOCK[0], "auto"), (STOCK[1], "asyncio")])
+async def test_kernel_keeps_nothing_for_a_client_that_was_cut_off(ws: str, loop: str) -> None:
+    async with (
+        run_uvicorn("tests.e2e.apps:app", "--ws", ws, "--loop", loop) as server,
+        raw(server.port, "/firehose", rcvbuf=4096) as client,
+    ):
+        async with asyncio.timeout(10):
+            while not (await get(f"{server.http}/stalled")).json():
+                await asyncio.sleep(0.05)
+        server.stop()
+        await server.wait()
+        # After a mere close there would be megabytes to read, which the kernel would have kept for minutes.
+        read = 0
+        with pytest.raises(ConnectionResetError):
+            while data := await asyncio.get_running_loop().sock_recv(client.sock, 65_536):
+                read += len(data)
+        assert read < 65_536
