@@ -83,7 +83,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._closed: ConnectionClosed | None = None
         self._lost = False
         self._channels: set[str] = set()
-        self._watched: set[str] = set()
+        self._watched: frozenset[str] = frozenset()
         self._left = False
         self._handler: asyncio.Task[Any] | None = None
         self._handler_listens = False
@@ -255,7 +255,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         pubsub = self._context.pubsub
         try:
             if join_leave:
-                self._watched.add(channel)
+                self._watched |= {channel}
                 self._context.presence.watch(channel)
                 await pubsub.subscribe(events_of(channel), self)
 
