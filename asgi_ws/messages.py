@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from asgi_ws.exceptions import InvalidPosition
@@ -87,6 +88,12 @@ class History:
     position: Position
     complete: bool = True
     """Whether nothing is missing between the position that was asked for and the first of them."""
+
+    def __iter__(self) -> Iterator[Publication]:
+        return iter(self.publications)
+
+    def __len__(self) -> int:
+        return len(self.publications)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
