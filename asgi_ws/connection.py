@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, cast
 
@@ -89,6 +90,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._handler_listens = False
         self._handler_cancelled = False
         self._handler_timer: asyncio.TimerHandle | None = None
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expired = False
 
     @property
     def channels(self) -> frozenset[str]:
@@ -131,6 +134,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """
         if self._outbox is not None:
             raise RuntimeError("the connection has been accepted already")
+        if self._expired:
+            raise HTTPException(401, "expired")
         raw_headers = _raw_headers(headers or {})
         if subprotocol is None:
             subprotocol = self._choose_subprotocol()
@@ -292,6 +297,20 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         logger.info("%r is told that publications to %r were lost", self.scope["path"], channel)
         self.cut(1013, "insufficient state")
 
+    def expire(self, at: float | None) -> None:
+        """End the connection at a time, in seconds since 1970 as a token's `exp`, with close code 4401; `None`: don't.
+        What was said before doesn't hold any more, so that a client which has shown something newer stays."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if at is not None:
+            self._expiry = asyncio.get_running_loop().call_later(max(at - time.time(), 0), self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._outbox is not None:
+            self.cut(4401, "expired")
+
     def cut(self, code: int, reason: str) -> None:
         """Close at once, whatever waits. Called by the hub; never waits, never raises."""
         if self._closed is None:
@@ -415,6 +434,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     def _let_go(self) -> None:
         """Whatever happened: end what was started for this connection."""
+        self.expire(None)
         if self._link is None or self._outbox is None:
             return
         self._exchange.ended = True

@@ -15,7 +15,7 @@ FLOORS = [
     {"presence"},
     {"context"},
     {"connection"},
-    {"endpoints"},
+    {"auth", "endpoints"},
     {"hub"},
     {"middleware", "outside", "testing"},
     {"deployment"},
