@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.applications import Starlette
 
 import asgi_ws
 from asgi_ws import testing
@@ -247,6 +248,62 @@ async def test_server_side_iterates() -> None:
         await module.hub.publish("news", "one")
         await module.hub.publish("news", "two")
         assert await counting == ["one", "two"]
+
+
+@pytest.mark.anyio
+async def test_state_says_the_position_from_which_changes_follow() -> None:
+    module = snippet("recovery_state")
+    async with module.hub:
+        await testing.request(module.app, "PUT", "/stock/apples?count=9")
+        state = (await testing.request(module.app, "GET", "/stock")).json()
+        assert state["stock"] == {"apples": 9, "pears": 4}
+        await testing.request(module.app, "PUT", "/stock/pears?count=0")
+        async with testing.connect(module.app, f"/stock/changes?since={state['position']}") as client:
+            assert (await client.receive_json())["recovered"]
+            assert (await client.receive_json())["data"] == {"pears": 0}
+
+
+@pytest.mark.anyio
+async def test_server_side_recovers_and_goes_on_where_it_was_too_slow() -> None:
+    module = snippet("recovery_server")
+    async with module.hub as hub:
+        first = await hub.publish("orders", 1)
+        await hub.publish("orders", 2)
+        orders = module.orders(first)
+        assert await anext(orders) == 2
+        big = "3" * hub.context.limits.outbox_size
+        for order in (big, 4, 5):
+            await hub.publish("orders", order)
+        assert [await anext(orders) for _ in range(3)] == [big, 4, 5]
+        await orders.aclose()
+        with pytest.raises(RuntimeError, match="isn't kept any more"):
+            await anext(module.orders(asgi_ws.Position(1, "another-epoch")))
+
+
+@pytest.mark.anyio
+async def test_who_comes_and_goes_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_ws.presence.GRACE", 0.05)
+    module = snippet("presence_events")
+
+    @module.hub.websocket("/rooms/{name}")
+    async def room(conn: asgi_ws.Connection, name: str) -> None:
+        conn.user = "ann"
+        await conn.subscribe(f"room:{name}")
+        await conn.receive()
+
+    app = Starlette()
+    app.add_middleware(asgi_ws.WebSocketMiddleware, hub=module.hub)
+    lines: list[str] = []
+    async with module.hub:
+        logging = asyncio.create_task(module.log("attic", lines))
+        await asyncio.sleep(0)
+        async with testing.connect(app, "/rooms/attic"):
+            pass
+        async with asyncio.timeout(5):
+            while len(lines) < 2:
+                await asyncio.sleep(0.01)
+    await logging
+    assert lines == ["ann: join", "ann: leave"]
 
 
 @pytest.mark.anyio

@@ -1,11 +1,14 @@
-"""Chromium with the pages as they are: examples/chat.html, and the demo's."""
+"""Chromium with the pages as they are: those in examples/, and the demo's."""
 
+import asyncio
+import json
 from collections.abc import Iterator
 
 import pytest
 
-from asgi_ws import demo
-from examples import chat
+from asgi_ws import demo, presence
+from asgi_ws.testing import request
+from examples import chat, feed, who_is_online
 from tests.e2e.node import Browser, Page, chromium
 from tests.servers import OURS, STOCK, serve
 
@@ -117,6 +120,97 @@ async def test_a_page_of_another_origin_is_refused_before_open(
         assert events == [["error", None, 3], ["close", 1006, 3]]
         [record] = [record for record in caplog.records if "refused a page" in record.message]
         assert elsewhere.http in record.message
+
+
+# examples/feed.html
+
+
+def lines(*texts: str) -> str:
+    """That the page shows these, and no others."""
+    shown = "JSON.stringify([...document.querySelectorAll('#news li')].map(item => item.textContent))"
+    return f"{shown} === JSON.stringify({json.dumps(texts)})"
+
+
+async def report(*texts: str, pause: float = 0) -> None:
+    for text in texts:
+        await feed.hub.publish("news", text)
+        await asyncio.sleep(pause)
+
+
+async def cut() -> None:
+    """End the connections of all pages, as a server that restarts does."""
+    for connection in list(feed.hub.context.clients):
+        await feed.hub.disconnect(connection=connection, code=1012)
+
+
+async def test_a_page_that_comes_back_misses_nothing_and_shows_nothing_twice(browser: Browser) -> None:
+    async with serve(feed.app, ws=OURS) as server:
+        await report("before")
+        async with browser.page(server.http) as page, browser.page(server.http) as other:
+            for each in (page, other):
+                await each.until(lines("before"))
+            await report("live")
+            await page.until(lines("before", "live"))
+            # The user leaves and comes back.
+            await page.click("#toggle")
+            await page.until("document.querySelector('#state').textContent === 'disconnected'")
+            await report("missed", "missed too")
+            await page.click("#toggle")
+            await page.until(lines("before", "live", "missed", "missed too"))
+            assert await texts(page, "#news .missed") == ["missed", "missed too"]
+            # Then the server cuts it off, and it comes back by itself, while much is published.
+            await cut()
+            await report(*map(str, range(30)), pause=0.03)
+            await report("last")
+            everything = lines("before", "live", "missed", "missed too", *map(str, range(30)), "last")
+            for each in (page, other):
+                await each.until(everything)
+
+
+async def test_a_page_that_missed_more_than_is_kept_loads_everything_anew(browser: Browser) -> None:
+    async with serve(feed.app, ws=OURS) as server, browser.page(server.http) as page:
+        await page.until("document.querySelectorAll('#events li').length === 1")
+        await report("old")
+        await page.until(lines("old"))
+        await cut()
+        await report(*map(str, range(150)))
+        await page.until(lines(*map(str, range(50, 150))))
+        await report("live")
+        await page.until(lines(*map(str, range(50, 150)), "live"))
+        assert (await texts(page, "#events li"))[-1].startswith("nothing to recover")
+        await page.fill("#text", "from the page")
+        await page.press("#text", "Enter")
+        await page.until(lines(*map(str, range(50, 150)), "live", "from the page"))
+
+
+# examples/who_is_online.html
+
+
+def people(*names: str) -> str:
+    shown = "[...document.querySelectorAll('#people li')].map(item => item.textContent.split(',')[0]).join()"
+    return f"{shown} === '{','.join(names)}'"
+
+
+async def test_pages_show_who_is_online(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "GRACE", 0.1)
+    async with (
+        serve(who_is_online.app, ws=OURS) as server,
+        browser.page(server.http) as ann,
+        browser.page(server.http) as bob,
+        browser.page(server.http) as bobs_phone,
+    ):
+        for page, name in ((ann, "ann"), (bob, "bob"), (bobs_phone, "bob")):
+            await page.fill("#name", name)
+            await page.click("#toggle")
+            await page.until(people("ann") if page is ann else people("ann", "bob"))
+        await ann.until(people("ann", "bob"))
+        assert (await request(who_is_online.app, "GET", "/count")).json() == {"connections": 3, "users": 2}
+        await bob.click("#toggle")
+        await bob.until(people())
+        await asyncio.sleep(0.5)  # beyond the grace
+        assert (await texts(ann, "#people li"))[1].startswith("bob, since ")
+        await bobs_phone.click("#toggle")
+        await ann.until(people("ann"))
 
 
 # The demo
