@@ -24,7 +24,7 @@ async def feed(conn: Connection[str, Publication], since: str | None = None) -> 
 @app.get("/news")
 async def latest() -> dict[str, Any]:
     history = await hub.history("news")
-    return {"position": str(history.position), "news": [publication.data for publication in history.publications]}
+    return {"position": str(history.position), "news": [publication.data for publication in history]}
 
 
 @app.post("/news")

@@ -1,16 +1,22 @@
 """Chromium with the pages as they are: those in examples/, and the demo's."""
 
 import asyncio
+import contextlib
 import json
+import os
+import re
+import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from asgi_ws import demo, presence
+from asgi_ws import Hub, demo, presence
 from asgi_ws.testing import request
 from examples import chat, feed, who_is_online
 from tests.e2e.node import Browser, Page, chromium
-from tests.servers import OURS, STOCK, serve
+from tests.programs import program
+from tests.servers import OURS, STOCK, run_process, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -181,6 +187,34 @@ async def test_a_page_that_missed_more_than_is_kept_loads_everything_anew(browse
         await page.fill("#text", "from the page")
         await page.press("#text", "Enter")
         await page.until(lines(*map(str, range(50, 150)), "live", "from the page"))
+
+
+async def test_pages_of_two_workers_miss_nothing_when_one_is_killed(browser: Browser) -> None:
+    pytest.importorskip("asgi_ws.brokers.redis")
+    redis_command = [program("redis-server"), "--port", "{port}", "--bind", "127.0.0.1", "--save", ""]
+    command = [sys.executable, "-m", "asgi_ws", "run", "examples.feed:app", "--port", "{port}", "--workers", "2"]
+    started = re.compile(r"Started server process \[(\d+)\]")
+    everything = [str(number) for number in range(40)]
+    async with run_process(*redis_command, ready="Ready to accept connections") as redis:
+        url = f"redis://127.0.0.1:{redis.port}"
+        async with (
+            run_process(*command, ready="Application startup complete", BROKER_URL=url) as server,
+            contextlib.AsyncExitStack() as stack,
+            Hub(url) as hub,
+        ):
+            async with asyncio.timeout(15):
+                while server.output.count("Application startup complete") < 2:
+                    await asyncio.sleep(0.01)
+            pages = [await stack.enter_async_context(browser.page(server.http)) for _ in range(4)]
+            for page in pages:
+                await page.until("document.querySelectorAll('#events li').length === 1")
+            for number, text in enumerate(everything):
+                if number == 10:
+                    os.kill(int(started.findall(server.output)[0]), signal.SIGKILL)
+                await hub.publish("news", text)
+                await asyncio.sleep(0.03)
+            for page in pages:
+                await page.until(lines(*everything))
 
 
 # examples/who_is_online.html
