@@ -323,7 +323,12 @@ def cases_of(name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "test", [test for name in ("testing_chat", "testing_refusals", "testing_http") for test in cases_of(name)]
+    "test",
+    [
+        test
+        for name in ("testing_chat", "testing_refusals", "testing_http", "testing_recovery")
+        for test in cases_of(name)
+    ],
 )
 @pytest.mark.anyio
 async def test_tests_on_the_pages_pass(test: Any) -> None:

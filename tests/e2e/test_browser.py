@@ -205,7 +205,7 @@ async def test_pages_of_two_workers_miss_nothing_when_one_is_killed(browser: Bro
             async with asyncio.timeout(15):
                 while server.output.count("Application startup complete") < 2:
                     await asyncio.sleep(0.01)
-            pages = [await stack.enter_async_context(browser.page(server.http)) for _ in range(4)]
+            pages = [await stack.enter_async_context(browser.page(server.http)) for _ in range(3)]
             for page in pages:
                 await page.until("document.querySelectorAll('#events li').length === 1")
             for number, text in enumerate(everything):
