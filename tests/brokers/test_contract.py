@@ -207,5 +207,5 @@ def test_a_url_names_its_broker() -> None:
 
 @pytest.mark.parametrize("url", ["", "memory", "memory:", "memory://host", "Memory://", "carrier-pigeon://coop", "://"])
 def test_a_url_that_is_not_known_is_a_mistake(url: str) -> None:
-    with pytest.raises(ValueError, match=r"no broker is known for .*; known is 'memory://'"):
+    with pytest.raises(ValueError, match=r"no broker is known for .*; known are 'memory://'"):
         broker_for(url)
