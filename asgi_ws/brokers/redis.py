@@ -27,7 +27,7 @@ from redis.exceptions import (
 )
 
 from asgi_ws.brokers.base import Deliver, HistoryBroker, PresenceBroker
-from asgi_ws.brokers.redis_links import COMMAND_TIMEOUT, Lines, Link, SubscriberLink
+from asgi_ws.brokers.redis_links import COMMAND_TIMEOUT, Lines, Link, SubscriberLink, words
 from asgi_ws.brokers.redis_servers import ERRORS, Servers, parse_url
 from asgi_ws.exceptions import BrokerError
 from asgi_ws.messages import History, Position, Publication, Retention
@@ -37,12 +37,13 @@ __all__ = ["RedisBroker"]
 
 _logger = logging.getLogger("asgi_ws.brokers")
 
-_OLDEST = (7, 0)
+_OLDEST = 7
 _VERSION = 1
 _MAX_SIZE = 64 * 1024 * 1024
 """Redis would take 512 MiB. What is larger than this isn't a message, and parsing it would hold up all the others."""
 _DAY = 24 * 60 * 60 * 1000
 _SUBSCRIBE_BATCH = 512
+_SUBSCRIBE_WINDOW = 8 * _SUBSCRIBE_BATCH
 _REFRESH_BATCH = 256
 _KINDS: tuple[Literal["text", "json", "binary"], ...] = ("text", "json", "binary")
 _MOVED = (MovedError, AskError, TryAgainError, ClusterDownError)
@@ -188,7 +189,8 @@ class _Subscriptions:
         self._links[node] = link
         names = [name for name in self._channels if self._home(name) == node]
         again = any(name not in self._waiters for name in names)
-        await asyncio.gather(*self._ask(node, names))
+        for start in range(0, len(names), _SUBSCRIBE_WINDOW):
+            await asyncio.gather(*self._ask(node, names[start : start + _SUBSCRIBE_WINDOW]))
         if again:
             self._lost()
 
@@ -378,7 +380,7 @@ class RedisBroker(HistoryBroker, PresenceBroker):
         try:
             await subscriptions.add(self._names.channel(channel), channel)
         except ERRORS as error:
-            raise BrokerError(f"Redis didn't confirm a subscription: {_words(error)}") from error
+            raise BrokerError(f"Redis didn't confirm a subscription: {words(error)}") from error
 
     async def unsubscribe(self, channel: str) -> None:
         if self._subscriptions is not None:
@@ -481,7 +483,7 @@ class RedisBroker(HistoryBroker, PresenceBroker):
         except NoScriptError:
             raise
         except ERRORS as error:
-            raise BrokerError(f"Redis didn't confirm: {_words(error)}") from error
+            raise BrokerError(f"Redis didn't confirm: {words(error)}") from error
 
     async def _ask_again(
         self, lines: Lines, key: bytes, command: Callable[[Link], tuple[Any, ...]], error: ResponseError
@@ -529,6 +531,8 @@ def _read(channel: str, data: bytes) -> Publication:
     if len(data) > _MAX_SIZE or data[:1] != bytes([_VERSION]):
         raise ValueError
     wire = _decoder.decode(memoryview(data)[1:])
+    if not (0 < wire.offset < 2**53 and len(wire.epoch) <= 64 if wire.epoch else wire.offset == 0):
+        raise ValueError
     position = Position(wire.offset, wire.epoch) if wire.epoch else None
     return Publication(channel, _payload(wire), position, wire.sender)
 
@@ -543,21 +547,22 @@ def _payload(wire: _Wire) -> Payload:
 
 async def _check(link: Link, node: str) -> None:
     """Raise one of `ERRORS` unless the server can be used, now."""
-    info = dict(line.split(":", 1) for line in (await link.call(b"INFO")).decode().splitlines() if ":" in line)
-    check_version(info["redis_version"])
-    if info.get("loading", "0") != "0":
+    lines = (await link.call(b"INFO")).decode(errors="replace").splitlines()
+    info = dict(line.split(":", 1) for line in lines if ":" in line)
+    check_version(info.get("redis_version", "unknown"))
+    if info.get("loading") == "1":
         raise BusyLoadingError("it is loading its data")
-    if info["role"] != "master":
+    if info.get("role") != "master":
         raise ReadOnlyError("it is a replica; give the address of its master, or of the Sentinels")
-    link.run = info["run_id"]
-    link.durable = info["aof_enabled"] == "1"
+    link.run = info.get("run_id", "")
+    link.durable = info.get("aof_enabled") == "1"
 
 
 def check_version(version: str) -> None:
     """Raise redis-py's error for a Redis that is too old."""
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        oldest = ".".join(map(str, _OLDEST))
-        raise RedisError(f"it is version {version}, and asgi_ws needs {oldest} or later")
+    major = version.partition(".")[0]
+    if not (major.isdecimal() and int(major) >= _OLDEST):
+        raise RedisError(f"its version is {version}, and asgi_ws needs {_OLDEST} or later")
 
 
 async def _writes_through(link: Link) -> bool:
@@ -571,12 +576,8 @@ async def _writes_through(link: Link) -> bool:
 
 def _unreachable(error: Exception) -> BrokerError:
     if isinstance(error, AuthenticationError) or "NOAUTH" in str(error):
-        return BrokerError(f"Redis refuses the credentials: {_words(error)}")
-    return BrokerError(f"Redis can't be used: {_words(error)}")
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+        return BrokerError(f"Redis refuses the credentials: {words(error)}")
+    return BrokerError(f"Redis can't be used: {words(error)}")
 
 
 def _ms(seconds: float) -> int:

@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from asgi_ws.brokers.redis_servers import ERRORS, Servers
 
-__all__ = ["COMMAND_TIMEOUT", "Lines", "Link", "SubscriberLink"]
+__all__ = ["COMMAND_TIMEOUT", "Lines", "Link", "SubscriberLink", "words"]
 
 COMMAND_TIMEOUT = 5.0
 """How long an answer may take in all."""
@@ -30,6 +30,11 @@ _FIRST_DELAY, _LAST_DELAY = 0.02, 1.0
 _logger = logging.getLogger("asgi_ws.brokers")
 
 
+def words(error: BaseException) -> str:
+    """What an error says, or at least what it is."""
+    return str(error) or type(error).__name__
+
+
 class _Call:
     """A command on its way, and how many replies there will be."""
 
@@ -42,6 +47,11 @@ class _Call:
         self.future = future
         self.tick = tick
         self.replies = replies
+
+    def fail(self, error: Exception) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_exception(error)
+            self.future.exception()  # whoever waited may be about to be cancelled
 
 
 class Link:
@@ -93,8 +103,7 @@ class Link:
             return
         self._ended.set_result(error)
         for call in (*self._unanswered, *self._unsent):
-            if call.future is not None and not call.future.done():
-                call.future.set_exception(ConnectionError(f"the link was lost: {error or type(error).__name__}"))
+            call.fail(ConnectionError(f"the link was lost: {words(error)}"))
         self._unanswered.clear()
         self._unsent.clear()
 
@@ -138,11 +147,10 @@ class Link:
         if call.replies and not failed:
             return
         self._unanswered.popleft()
-        if call.future is not None and not call.future.done():
-            if failed:
-                call.future.set_exception(reply)
-            else:
-                call.future.set_result(reply)
+        if failed:
+            call.fail(reply)
+        elif call.future is not None and not call.future.done():
+            call.future.set_result(reply)
 
     async def _write(self) -> None:
         pack, send = self._connection.pack_command, self._connection.send_packed_command
@@ -179,8 +187,7 @@ class Link:
         for call in itertools.chain(self._unanswered, self._unsent):
             if (self._ticks - call.tick) * _TICK < COMMAND_TIMEOUT:
                 break
-            if call.future is not None and not call.future.done():
-                call.future.set_exception(TimeoutError(f"no answer came within {COMMAND_TIMEOUT:g} seconds"))
+            call.fail(TimeoutError(f"no answer came within {COMMAND_TIMEOUT:g} seconds"))
 
 
 class SubscriberLink(Link):
@@ -266,7 +273,8 @@ class Lines:
                     await self._up.wait()
         link = self._links.get(node)
         if link is None:
-            raise self._errors.get(node) or ConnectionError("there is no link")
+            error = self._errors.get(node)
+            raise ConnectionError(f"there is no link: {words(error) if error else 'it is being made'}") from error
         return link
 
     def _keep_up(self, node: str, *, patient: bool = False) -> "asyncio.Future[None]":
@@ -281,8 +289,7 @@ class Lines:
         while True:
             try:
                 async with self._make(await self._servers.connect(node)) as link:
-                    async with asyncio.timeout(COMMAND_TIMEOUT):
-                        await self._prepare(link, node)
+                    await self._prepare(link, node)
                     failures = 0
                     self._set_up(node, link)
                     if not opened.done():
@@ -296,7 +303,7 @@ class Lines:
             finally:
                 self._links.pop(node, None)
             if node not in self._errors:
-                _logger.warning("the link to Redis at %s is lost: %s", node, error or type(error).__name__)
+                _logger.warning("the link to Redis at %s is lost: %s", node, words(error))
             self._errors[node] = error
             self._trouble()
             await asyncio.sleep(random.uniform(0, min(_LAST_DELAY, _FIRST_DELAY * 2**failures)))

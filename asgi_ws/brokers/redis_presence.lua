@@ -54,9 +54,8 @@ local function put(connection, key, value, expiry)
   end
   if not before or before[2] ~= key then
     if redis.call('HINCRBY', keys, key, 1) == 1 then
-      local lingers = redis.call('ZSCORE', gone, key)
-      new = not lingers or tonumber(lingers) <= now
-      redis.call('ZREM', gone, key)
+      -- One that lingers, or of which nobody was told that it has gone, isn't.
+      new = redis.call('ZREM', gone, key) == 0
     end
     if before then
       lose(before[2], now)
