@@ -88,14 +88,9 @@ class _Names:
         # Redis' own channels know no databases.
         return f"{self._prefix}:{self._database}:{{{_quote(channel)}}}".encode()
 
-    def stream(self, channel: str) -> tuple[bytes, bytes, bytes]:
+    def stream(self, channel: str) -> tuple[bytes, bytes]:
         tag = _quote(channel)
-        prefix = self._prefix
-        return (
-            f"{prefix}:meta:{{{tag}}}".encode(),
-            f"{prefix}:stream:{{{tag}}}".encode(),
-            f"{prefix}:{self._database}:{{{tag}}}".encode(),
-        )
+        return f"{self._prefix}:meta:{{{tag}}}".encode(), f"{self._prefix}:stream:{{{tag}}}".encode()
 
     def presence(self, channel: str) -> tuple[bytes, ...]:
         kinds = ("members", "expiries", "keys", "gone")
@@ -190,7 +185,8 @@ class _Subscriptions:
         names = [name for name in self._channels if self._home(name) == node]
         again = any(name not in self._waiters for name in names)
         for start in range(0, len(names), _SUBSCRIBE_WINDOW):
-            await asyncio.gather(*self._ask(node, names[start : start + _SUBSCRIBE_WINDOW]))
+            window = names[start : start + _SUBSCRIBE_WINDOW]
+            await asyncio.gather(*self._ask(node, [name for name in window if name in self._channels]))
         if again:
             self._lost()
 
@@ -275,9 +271,10 @@ class RedisBroker(HistoryBroker, PresenceBroker):
     `CLIENT LIST` shows, and `?prefix=` is what the names of all keys and channels begin with: hubs with different
     prefixes, or databases, on one server don't see each other. Raises `ValueError` for any other URL.
 
-    The epoch of a channel changes when its keys have gone (evicted, or lost in a restart), and when the server was
-    restarted or a replica took over, as these may have forgotten what was confirmed. Only a server that writes all to
-    disk before it answers (`appendonly yes`, `appendfsync always`), without Sentinel or cluster, keeps its epochs.
+    The epoch of a channel changes when its keys have gone (evicted, or lost in a restart), and when its server was
+    restarted or it has come to another one, as these may have forgotten what was confirmed. Only a server that writes
+    all to disk before it answers (`appendonly yes`, `appendfsync always`), without Sentinel or cluster, keeps its
+    epochs when it restarts. While a slot of a cluster moves, what is asked of its channels waits, up to five seconds.
     """
 
     def __init__(self, url: str, *, prefix: str = "asgi_ws") -> None:
@@ -339,9 +336,10 @@ class RedisBroker(HistoryBroker, PresenceBroker):
             name = self._names.channel(channel)
             await self._execute(name, self._publish_command, name, bytes([_VERSION]) + message)
             return None
-        ttl = max(1, int(retention.ttl * 1000))
+        ttl = max(1, _ms(retention.ttl))
+        to = (self._publish_command, self._names.channel(channel))
         offset, epoch, *_ = await self._run_stream(
-            channel, b"publish", ttl + _DAY, self._publish_command, retention.size, ttl, message[1:-2]
+            channel, b"publish", ttl + _DAY, *to, retention.size, ttl, message[1:-2]
         )
         return Position(offset, epoch.decode())
 
@@ -448,7 +446,7 @@ class RedisBroker(HistoryBroker, PresenceBroker):
         def command(link: Link) -> tuple[Any, ...]:
             return (*keys, operation, link.run, int(link.durable), epoch, keep, *arguments)
 
-        return await self._run(_STREAM, 3, keys[0], command)
+        return await self._run(_STREAM, 2, keys[0], command)
 
     async def _run_presence(self, channel: str, operation: bytes, *arguments: Any) -> Any:
         command = (*self._names.presence(channel), operation, *arguments)
@@ -575,7 +573,7 @@ async def _writes_through(link: Link) -> bool:
 
 
 def _unreachable(error: Exception) -> BrokerError:
-    if isinstance(error, AuthenticationError) or "NOAUTH" in str(error):
+    if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
         return BrokerError(f"Redis refuses the credentials: {words(error)}")
     return BrokerError(f"Redis can't be used: {words(error)}")
 

@@ -103,7 +103,9 @@ class Link:
             return
         self._ended.set_result(error)
         for call in (*self._unanswered, *self._unsent):
-            call.fail(ConnectionError(f"the link was lost: {words(error)}"))
+            lost = ConnectionError(f"the link was lost: {words(error)}")
+            lost.__cause__ = error
+            call.fail(lost)
         self._unanswered.clear()
         self._unsent.clear()
 
@@ -263,15 +265,16 @@ class Lines:
 
     def get(self, node: str) -> Link | None:
         """The link to a server, if it is up."""
-        return self._links.get(node)
+        link = self._links.get(node)
+        return link if link is not None and link.alive else None
 
     async def wait(self, node: str) -> Link:
         """The link to a server; waits a moment for one that is being made. Raises one of `ERRORS`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
-                while node not in self._links and node in self._keepers:
+                while self.get(node) is None and node in self._keepers:
                     await self._up.wait()
-        link = self._links.get(node)
+        link = self.get(node)
         if link is None:
             error = self._errors.get(node)
             raise ConnectionError(f"there is no link: {words(error) if error else 'it is being made'}") from error

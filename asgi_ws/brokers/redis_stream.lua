@@ -1,6 +1,6 @@
 -- A channel's stream: what is published with a retention gets its position, is kept and goes out, in one step.
 --
--- KEYS: meta, stream, pub/sub channel
+-- KEYS: meta, stream (no others: while a slot of a cluster moves, one that doesn't exist would have all refused)
 -- ARGV: operation, the server's run id, whether it loses nothing when it restarts ("1"), an epoch that nobody has had,
 --       for how long meta is kept (ms), then those of the operation
 
@@ -22,13 +22,13 @@ else
 end
 
 if operation == 'publish' then
-  local publish, size, ttl, body = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
+  local publish, channel, size, ttl, body = ARGV[6], ARGV[7], ARGV[8], ARGV[9], ARGV[10]
   local offset = redis.call('HINCRBY', meta, 'offset', 1)
   redis.call('XADD', stream, 'MAXLEN', '=', size, string.format('%.0f-0', offset), 'p', body)
   redis.call('PEXPIRE', stream, ttl)
   redis.call('PEXPIRE', meta, keep)
   -- Version 1, an array of five: the body is its first three, see _Wire in redis.py.
-  redis.call(publish, KEYS[3], '\1\149' .. body .. cmsgpack.pack(offset, epoch))
+  redis.call(publish, channel, '\1\149' .. body .. cmsgpack.pack(offset, epoch))
   return {offset, epoch}
 end
 
