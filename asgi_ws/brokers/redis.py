@@ -137,17 +137,23 @@ class _Subscriptions:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 await waiter
         except BaseException:
-            if self._waiters.get(name) is waiter:
-                self.remove(name)
+            self.remove(name)
             raise
         finally:
-            if self._waiters.get(name) is waiter:
-                del self._waiters[name]
+            del self._waiters[name]
 
     def remove(self, name: bytes) -> None:
         """Nothing is delivered from this call on."""
-        del self._channels[name]
-        self._change(name, False)
+        if self._channels.pop(name, None) is not None:
+            self._change(name, False)
+
+    async def stop(self) -> None:
+        """Nothing is delivered from this call on."""
+        self._channels.clear()
+        for waiter in self._waiters.values():
+            if not waiter.done():
+                waiter.set_exception(ConnectionError("the broker was stopped"))
+        await self.lines.stop()
 
     async def resettle(self) -> None:
         """Ask again for what is to be had from another server now."""
@@ -174,9 +180,8 @@ class _Subscriptions:
             self._on_message(channel, data)
 
     def _drop(self, name: bytes) -> None:
-        if name in self._channels:
-            self._strays.add(name)
-            self._trouble()
+        self._strays.add(name)
+        self._trouble()
 
     async def _prepare(self, link: Link, node: str) -> None:
         await self._check(link, node)
@@ -284,7 +289,6 @@ class RedisBroker(HistoryBroker, PresenceBroker):
             raise ValueError(f"the prefix has one printable character or more, not {prefix!r}")
         self._names = _Names(prefix, self._servers.database)
         self._publish_command = b"SPUBLISH" if self._servers.sharded else b"PUBLISH"
-        self._deliver: Deliver | None = None
         self._commands: Lines | None = None
         self._subscriptions: _Subscriptions | None = None
         self._follower: asyncio.Task[None] | None = None
@@ -297,7 +301,8 @@ class RedisBroker(HistoryBroker, PresenceBroker):
 
     async def start(self, deliver: Deliver, lost: Callable[[], None]) -> None:
         self._commands = Lines(self._servers, Link, self._prepare, self._trouble.set)
-        self._subscriptions = _Subscriptions(self._servers, self._receive, lost, self._trouble.set, _check)
+        receive = functools.partial(self._receive, deliver)
+        self._subscriptions = _Subscriptions(self._servers, receive, lost, self._trouble.set, _check)
         try:
             await self._servers.refresh()
             await self._commands.start()
@@ -307,19 +312,17 @@ class RedisBroker(HistoryBroker, PresenceBroker):
             if isinstance(error, ERRORS):
                 raise _unreachable(error) from error
             raise
-        self._deliver = deliver
         if self._servers.sharded:
             self._follower = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
-        self._deliver = None
         commands, subscriptions, follower = self._commands, self._subscriptions, self._follower
         self._commands = self._subscriptions = self._follower = None
         if follower is not None:
             follower.cancel()
             await asyncio.gather(follower, return_exceptions=True)
         if subscriptions is not None:
-            await subscriptions.lines.stop()
+            await subscriptions.stop()
         if commands is not None:
             await commands.stop()
 
@@ -384,14 +387,13 @@ class RedisBroker(HistoryBroker, PresenceBroker):
         if self._subscriptions is not None:
             self._subscriptions.remove(self._names.channel(channel))
 
-    def _receive(self, channel: str, data: bytes) -> None:
+    def _receive(self, deliver: Deliver, channel: str, data: bytes) -> None:
         try:
             publication = _read(channel, data)
         except (ValueError, msgspec.MsgspecError):
             self._ignore(channel, data)
-            return
-        if self._deliver is not None:
-            self._deliver(publication)
+        else:
+            deliver(publication)
 
     def _ignore(self, channel: str, data: bytes) -> None:
         self.ignored += 1

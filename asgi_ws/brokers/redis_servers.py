@@ -149,8 +149,6 @@ class _Cluster(Servers):
         return self._slots[key_slot(name)]
 
     async def connect(self, node: str) -> Connection:
-        if node not in self._known:
-            raise ConnectionError(f"{node} has left the cluster")
         return await self._open(*self._known[node])
 
     async def refresh(self) -> None:

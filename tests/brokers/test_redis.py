@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -167,6 +167,7 @@ async def start_error(url: str) -> str:
         ("redis://127.0.0.1:{port}", "Redis can't be used: "),
         ("redis+cluster://127.0.0.1:{port}", "Redis can't be used: "),
         ("redis+sentinel://127.0.0.1:{port}/shop", "no Sentinel knows a master for 'shop'"),
+        ("redis+sentinel://127.0.0.1:{port},127.0.0.1:{port}/shop", "no Sentinel knows a master for 'shop'"),
         ("redis://no-such-host.invalid", "Redis can't be used: "),
     ],
 )
@@ -174,14 +175,108 @@ async def test_no_server_is_told_at_the_start(url: str, words: str) -> None:
     assert words in await start_error(url.format(port=free_port()))
 
 
-async def test_what_is_no_redis_is_told_at_the_start() -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        await writer.drain()
-        writer.close()
+Answer = Callable[[list[bytes]], Awaitable[bytes]]
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
-        assert "can't be used" in await start_error(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+
+@contextlib.asynccontextmanager
+async def scripted(answer: Answer) -> AsyncIterator[str]:
+    """The URL of a server that says to each command what `answer` makes of it."""
+    tasks: set[asyncio.Task[None] | None] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.current_task())
+        try:
+            while line := await reader.readline():
+                command = []
+                for _ in range(int(line[1:]) if line.startswith(b"*") else 0):
+                    size = int((await reader.readline())[1:])
+                    command.append((await reader.readexactly(size + 2))[:-2])
+                writer.write(await answer(command))
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        yield f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        for task in tasks:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
+
+async def test_what_is_no_redis_is_told_at_the_start() -> None:
+    async def answer(command: list[bytes]) -> bytes:
+        return b"HTTP/1.1 400 Bad Request\r\n\r\n"
+
+    async with scripted(answer) as url:
+        assert "can't be used" in await start_error(url)
+
+
+async def test_a_redis_that_loads_its_data_is_waited_for_by_nobody(own: RedisServer) -> None:
+    for number in range(50):
+        own.command("SET", str(number), random.randbytes(1000).hex())
+    own.command("SAVE")
+    own.stop()
+    own.options |= {"key-load-delay": "40000", "loading-process-events-interval-bytes": "1024"}
+    own.launch()
+    await eventually(lambda: connects(own))
+    assert "it is loading its data" in await start_error(own.url)
+
+
+def connects(server: RedisServer) -> bool:
+    with contextlib.suppress(OSError):
+        server.command("INFO")
+        return True
+    return False
+
+
+async def test_starting_can_be_given_up(own: RedisServer) -> None:
+    own.pause()
+    broker = RedisBroker(own.url)
+    starting = asyncio.create_task(broker.start(lambda publication: None, lambda: None))
+    await asyncio.sleep(0.1)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    own.resume()
+    async with started(broker):
+        assert await broker.recall("x") is None
+
+
+async def test_stopping_waits_for_nothing_that_redis_owes(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a subscription that isn't confirmed, nor those that are asked for again."""
+    asked = 0
+
+    async def answer(command: list[bytes]) -> bytes:
+        nonlocal asked
+        match command[0].upper():
+            case b"INFO":
+                info = b"redis_version:7.0.0\r\nrole:master\r\nrun_id:0123456789"
+                return b"$%d\r\n%s\r\n" % (len(info), info)
+            case b"CONFIG":
+                return b"-NOPERM no\r\n"
+            case b"SUBSCRIBE":
+                asked += 1
+                if asked == 1:
+                    return b"*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n"
+                if asked == 2:
+                    raise ConnectionError
+                return b""
+            case _:
+                return b"+OK\r\n"
+
+    async with scripted(answer) as url:
+        broker = RedisBroker(url)
+        await broker.start(lambda publication: None, lambda: None)
+        await broker.subscribe("a")
+        waiting = asyncio.create_task(broker.subscribe("b"))
+        await eventually(lambda: asked == 3)
+        begin = time.monotonic()
+        await broker.stop()
+        with pytest.raises(BrokerError, match="the broker was stopped"):
+            await waiting
+        assert time.monotonic() - begin < 1
 
 
 async def test_wrong_credentials_are_told_at_the_start() -> None:
@@ -336,19 +431,11 @@ async def test_an_answer_that_takes_too_long_is_not_waited_for(monkeypatch: pyte
     monkeypatch.setattr(redis_links, "_TICK", 0.02)
     monkeypatch.setattr(redis_links, "COMMAND_TIMEOUT", 0.3)
 
-    closed = asyncio.Event()
+    async def answer(command: list[bytes]) -> bytes:
+        await asyncio.sleep(0.05)
+        return b"+OK\r\n"
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
-            while line := await reader.readline():
-                if line.startswith(b"*"):
-                    await asyncio.sleep(0.05)
-                    writer.write(b"+OK\r\n")
-        writer.close()
-        closed.set()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
-        url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    async with scripted(answer) as url:
         found, _ = parse_url(url)
         (node,) = found.nodes
         async with redis_links.Link(await found.connect(node)) as link:
@@ -358,7 +445,6 @@ async def test_an_answer_that_takes_too_long_is_not_waited_for(monkeypatch: pyte
             assert isinstance(results[-1], TimeoutError)
             await asyncio.sleep(0.6)
             assert await link.call("ECHO", "again") == b"OK"
-        await closed.wait()
         with pytest.raises(ConnectionError, match="the link is lost"):
             link.call("ECHO", "late")
 
@@ -554,6 +640,7 @@ async def test_a_user_that_may_only_what_is_needed_is_enough(own: RedisServer) -
 
 async def test_another_master_is_found() -> None:
     with redis_sentinel() as group:
+        assert "no Sentinel knows a master for 'other'" in await start_error(group.url.replace("shop", "other"))
         broker = RedisBroker(group.url)
         async with started(broker) as deliveries:
             await broker.subscribe("a")
@@ -605,8 +692,8 @@ def channel_at(broker: RedisBroker, server: RedisServer) -> str:
 
 
 async def test_a_channel_whose_slot_moves_goes_on(cluster: RedisCluster) -> None:
-    broker = RedisBroker(cluster.url)
-    async with started(broker) as deliveries:
+    broker, late = RedisBroker(cluster.url), RedisBroker(cluster.url)
+    async with started(broker) as deliveries, started(late) as late_deliveries:
         source, target = cluster.masters[1:]
         channel = channel_at(broker, source)
         slot = str(slot_of(broker, channel))
@@ -626,9 +713,7 @@ async def test_a_channel_whose_slot_moves_goes_on(cluster: RedisCluster) -> None
         source.command("MIGRATE", "127.0.0.1", str(target.port), stream, "0", "5000")
         moved = await moving
         assert moved is not None
-        assert moved.epoch != before.epoch, (
-            "another server may not have had all: one that moved it, and one that failed"
-        )
+        assert moved.epoch != before.epoch, "another server may not have had all"
         for server in (target, source, cluster.masters[0]):
             server.command("CLUSTER", "SETSLOT", slot, "NODE", target_id)
 
@@ -638,7 +723,13 @@ async def test_a_channel_whose_slot_moves_goes_on(cluster: RedisCluster) -> None
         await eventually(lambda: deliveries[-1].data == "3")
         history = await broker.history(channel, since=None, limit=None)
         assert [publication.data for publication in history.publications] == ["2", "3"]
+        await late.subscribe(channel)  # where it looks for it, it isn't any more
+        await late.publish(channel, encode("4"), retention=KEPT)
+        assert await late_deliveries.until(1) == ["4"]
+        assert late_deliveries.lost == 0
+        await eventually(lambda: deliveries[-1].data == "4")
         await broker.unsubscribe(channel)
+        await late.unsubscribe(channel)
         await broker.publish(channel, encode("unheard"))
 
 
@@ -655,3 +746,24 @@ async def test_a_replica_that_takes_over_is_used() -> None:
             await is_heard(broker, deliveries, lost)
             assert deliveries.lost >= 1
             assert f"127.0.0.1:{cluster.masters[0].port}" not in broker._servers.nodes
+
+
+async def test_a_cluster_that_was_away_is_used_again() -> None:
+    with redis_cluster() as cluster:
+        broker = RedisBroker(cluster.url)
+        async with started(broker) as deliveries:
+            channels = [channel_at(broker, server) for server in cluster.masters]
+            for channel in channels:
+                await broker.subscribe(channel)
+            for server in cluster.masters:
+                server.kill()
+            with pytest.raises(BrokerError):
+                await broker.publish("a", encode("x"))
+            await asyncio.sleep(0.5)
+            for server in cluster.masters:
+                await asyncio.to_thread(server.start)
+            for channel in channels:
+                await is_heard(broker, deliveries, channel)
+        cluster.masters[0].command("CLUSTER", "DELSLOTS", "17")
+        url = f"redis+cluster://127.0.0.1:{cluster.masters[0].port}"
+        assert "the cluster has slots that no server serves" in await start_error(url)
