@@ -151,8 +151,7 @@ class _Subscriptions:
         """Nothing is delivered from this call on."""
         self._channels.clear()
         for waiter in self._waiters.values():
-            if not waiter.done():
-                waiter.set_exception(ConnectionError("the broker was stopped"))
+            _tell(waiter, ConnectionError("the broker was stopped"))
         await self.lines.stop()
 
     async def resettle(self) -> None:
@@ -245,12 +244,7 @@ class _Subscriptions:
             self._trouble()
         elif error is None or isinstance(error, ResponseError):
             for waiter in waiters:
-                if waiter.done():
-                    continue
-                if error is None:
-                    waiter.set_result(None)
-                else:
-                    waiter.set_exception(error)
+                _tell(waiter, error)
         # A link that was lost is made again, and they are asked for again.
 
     def _batches(self, names: Iterable[bytes]) -> Iterable[list[bytes]]:
@@ -258,6 +252,17 @@ class _Subscriptions:
         size = 1 if self._servers.sharded else _SUBSCRIBE_BATCH
         rest = iter(names)
         return iter(lambda: list(itertools.islice(rest, size)), [])
+
+
+def _tell(waiter: "asyncio.Future[None]", error: BaseException | None) -> None:
+    """Let whoever waits for a subscription go on, if he still waits."""
+    if waiter.done():
+        return
+    if error is None:
+        waiter.set_result(None)
+    else:
+        waiter.set_exception(error)
+        waiter.exception()  # he may be about to be cancelled
 
 
 class RedisBroker(HistoryBroker, PresenceBroker):
