@@ -87,8 +87,8 @@ class PresenceBroker(Broker):
 
     @abc.abstractmethod
     async def enter(self, channel: str, connection: str, key: str, value: str, *, expiry: float) -> bool:
-        """A member comes, or has a new value. Whether its key is new: no other member has it, and none that had it left
-        less than its `grace` ago."""
+        """A member comes, or has a new value. Whether its key is new: no member had it, it doesn't linger, and it
+        hasn't gone without anybody being told."""
 
     @abc.abstractmethod
     async def leave(self, channel: str, connection: str, *, grace: float) -> None:
