@@ -61,7 +61,6 @@ async def test_who_comes_is_told_to_those_who_are_there_and_counted_once() -> No
 
 
 async def test_worker_reaches_the_pages_over_redis() -> None:
-    pytest.importorskip("asgi_ws.brokers.redis")
     command = [program("redis-server"), "--port", "{port}", "--bind", "127.0.0.1", "--save", ""]
     async with run_process(*command, ready="Ready to accept connections") as redis:
         url = f"redis://127.0.0.1:{redis.port}"

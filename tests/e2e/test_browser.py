@@ -190,7 +190,6 @@ async def test_a_page_that_missed_more_than_is_kept_loads_everything_anew(browse
 
 
 async def test_pages_of_two_workers_miss_nothing_when_one_is_killed(browser: Browser) -> None:
-    pytest.importorskip("asgi_ws.brokers.redis")
     redis_command = [program("redis-server"), "--port", "{port}", "--bind", "127.0.0.1", "--save", ""]
     command = [sys.executable, "-m", "asgi_ws", "run", "examples.feed:app", "--port", "{port}", "--workers", "2"]
     started = re.compile(r"Started server process \[(\d+)\]")
