@@ -1,6 +1,9 @@
 """Who a client is: what browsers and other clients can show, and hooks that check it before the handshake."""
 
+import dataclasses
+import hashlib
 import importlib
+import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,8 +11,10 @@ from starlette.exceptions import HTTPException
 
 from asgi_ws.connection import Connection
 from asgi_ws.exceptions import AsgiWsError
+from asgi_ws.hub import Hub
+from asgi_ws.payloads import json_decoder, to_json
 
-__all__ = ["JWT", "InvalidToken"]
+__all__ = ["JWT", "InvalidToken", "Tickets"]
 
 _SYMMETRIC = {"HS256", "HS384", "HS512"}
 
@@ -107,6 +112,70 @@ class JWT:
         conn.state.claims = claims
         conn.expire(claims["exp"] + self._leeway)
         return claims
+
+
+class Tickets:
+    """One-time tickets, for browsers, which can't send a header with a handshake: a hook for `hub.on_connect`.
+
+        tickets = Tickets(hub)
+        hub.on_connect(tickets)
+
+        @app.post("/ticket")
+        async def ticket(user: Annotated[User, Depends(current_user)]) -> str:
+            return await tickets.issue(user.id, path="/chat")
+
+    The page then opens `/chat?ticket=...`, and the connection's `user` is the one whom the ticket was issued to. A
+    ticket is a secret of 256 bits, good for one handshake within `ttl` seconds, in whatever process; the broker knows
+    only its hash. Without a good one a client is refused with 401.
+    """
+
+    def __init__(self, hub: Hub, *, ttl: float = 30, query: str = "ticket") -> None:
+        if not 0 < ttl <= 3600:
+            raise ValueError(f"ttl={ttl!r}: must be more than 0 seconds, and an hour at most")
+        self._hub = hub
+        self._ttl = ttl
+        self._query = query
+
+    async def issue(self, user: str | int, *, path: str | None = None, origin: str | None = None) -> str:
+        """A ticket for a user, only for the endpoint at `path` and for pages of `origin` where these are given.
+
+        Raises `HubNotRunning`, `BrokerError`, and `ValueError` for a broker that keeps nothing.
+        """
+        ticket = secrets.token_urlsafe(32)
+        holder = to_json({"user": str(user), "path": path, "origin": origin})
+        await self._hub.context.pubsub.keep(_name_of(ticket), holder, self._ttl)
+        return ticket
+
+    async def __call__(self, conn: Connection[Any, Any]) -> None:
+        """Take a connection's ticket. Raises `HTTPException`, and what `issue` does."""
+        ticket = conn.query_params.get(self._query)
+        if not ticket:
+            raise HTTPException(401, "a ticket is needed")
+        words = await self._hub.context.pubsub.take(_name_of(ticket))
+        holder = _read_holder(words) if words is not None else None
+        if (
+            holder is None
+            or holder.path not in (None, conn.scope["path"])
+            or holder.origin not in (None, conn.headers.get("origin"))
+        ):
+            raise HTTPException(401, "the ticket is not valid, or not any more")
+        conn.user = holder.user
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Holder:
+    """Whom a ticket was issued to, and what for."""
+
+    user: str
+    path: str | None
+    origin: str | None
+
+
+_read_holder = json_decoder(_Holder)
+
+
+def _name_of(ticket: str) -> str:
+    return "ticket:" + hashlib.sha256(ticket.encode()).hexdigest()
 
 
 def bearer_token(conn: Connection[Any, Any], cookie: str | None = None) -> str | None:

@@ -128,6 +128,20 @@ class PubSub:
             return History((), history.position, complete=False)
         return history
 
+    async def keep(self, name: str, value: str, ttl: float) -> None:
+        """Keep a few words for one who will `take` them, in whatever process. Raises `BrokerError`, and `ValueError`
+        for a broker that can't."""
+        await self._keeper().remember(name, value, ttl=ttl)
+
+    async def take(self, name: str) -> str | None:
+        """What was kept by that name, once. Raises what `keep` does."""
+        return await self._keeper().take(name)
+
+    def _keeper(self) -> HistoryBroker:
+        if not isinstance(self._broker, HistoryBroker):
+            raise ValueError(f"{type(self._broker).__name__} keeps nothing")
+        return self._broker
+
     def has_subscribers(self, channel: str) -> bool:
         """Whether somebody in this process listens."""
         entry = self._channels.get(channel)

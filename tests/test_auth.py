@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import contextlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from starlette.applications import Starlette
 
 from asgi_ws import Connection, ConnectionClosed, Hub, WebSocketMiddleware
-from asgi_ws.auth import JWT, InvalidToken
+from asgi_ws.auth import JWT, InvalidToken, Tickets
 from asgi_ws.testing import Refused, connect
 
 pytestmark = pytest.mark.anyio
@@ -179,3 +180,85 @@ async def test_an_expiry_can_be_taken_back_and_one_that_has_passed_refuses() -> 
         await asyncio.sleep(0.1)
         await client.send("here")
         assert await client.receive() == "here"
+
+
+# Tickets
+
+
+def ticket_office(**options: Any) -> tuple[WebSocketMiddleware, Hub, Tickets]:
+    hub = Hub()
+    tickets = Tickets(hub, **options)
+    hub.on_connect(tickets)
+
+    @hub.websocket("/{name}")
+    async def me(conn: Connection, name: str) -> None:
+        await conn.send(f"{conn.user} at {name}")
+
+    return WebSocketMiddleware(Starlette(), hub), hub, tickets
+
+
+async def test_a_ticket_is_good_for_one_handshake() -> None:
+    app, hub, tickets = ticket_office()
+    async with hub:
+        ticket = await tickets.issue(17)
+        assert len(ticket) >= 43
+        async with connect(app, f"/chat?ticket={ticket}") as client:
+            assert await client.receive() == "17 at chat"
+        for again in (ticket, "", ticket[:-1]):
+            with pytest.raises(Refused) as refused:
+                async with connect(app, f"/chat?ticket={again}"):
+                    pass
+            assert refused.value.status_code == 401
+
+
+async def test_of_many_who_have_the_same_ticket_one_comes_in() -> None:
+    app, hub, tickets = ticket_office()
+    came = []
+
+    async def come(ticket: str) -> None:
+        with contextlib.suppress(Refused):
+            async with connect(app, f"/chat?ticket={ticket}") as client:
+                came.append(await client.receive())
+
+    async with hub:
+        ticket = await tickets.issue("ann")
+        await asyncio.gather(*(come(ticket) for _ in range(100)))
+    assert came == ["ann at chat"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "path", "headers", "good"),
+    [
+        ({"path": "/chat"}, "/chat", {}, True),
+        ({"path": "/chat"}, "/admin", {}, False),
+        ({"origin": "http://testserver"}, "/chat", {"Origin": "http://testserver"}, True),
+        ({"origin": "http://testserver"}, "/chat", {}, False),
+    ],
+)
+async def test_a_ticket_is_for_one_endpoint_and_one_origin_where_that_is_said(
+    bound: dict[str, str], path: str, headers: dict[str, str], good: bool
+) -> None:
+    app, hub, tickets = ticket_office()
+    async with hub:
+        ticket = await tickets.issue("ann", **bound)
+        came = False
+        with contextlib.suppress(Refused):
+            async with connect(app, f"{path}?ticket={ticket}", headers=headers) as client:
+                came = (await client.receive()).startswith("ann")
+        assert came == good
+
+
+async def test_a_ticket_expires() -> None:
+    app, hub, tickets = ticket_office(ttl=0.05)
+    async with hub:
+        ticket = await tickets.issue("ann")
+        await asyncio.sleep(0.1)
+        with pytest.raises(Refused):
+            async with connect(app, f"/chat?ticket={ticket}"):
+                pass
+
+
+@pytest.mark.parametrize("ttl", [0, -1, 3601])
+def test_a_tickets_time_is_short(ttl: float) -> None:
+    with pytest.raises(ValueError, match="ttl="):
+        Tickets(Hub(), ttl=ttl)

@@ -15,9 +15,9 @@ FLOORS = [
     {"presence"},
     {"context"},
     {"connection"},
-    {"auth", "endpoints"},
+    {"endpoints"},
     {"hub"},
-    {"middleware", "outside", "testing"},
+    {"auth", "middleware", "outside", "testing"},
     {"deployment"},
     {"__init__", "demo", "cli"},  # the face, and what a terminal gets
     {"__main__"},

@@ -69,12 +69,17 @@ class HistoryBroker(Broker):
         """
 
     @abc.abstractmethod
-    async def remember(self, name: str, value: str) -> None:
-        """Keep a few words for all processes, those from outside included. Raises `BrokerError`."""
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
+        """Keep a few words for all processes, those from outside included, for `ttl` seconds or for ever. Raises
+        `BrokerError`."""
 
     @abc.abstractmethod
     async def recall(self, name: str) -> str | None:
         """What `remember` was last given by that name, in whatever process. Raises `BrokerError`."""
+
+    @abc.abstractmethod
+    async def take(self, name: str) -> str | None:
+        """The same, and forget it: of all who ask only one gets it. Raises `BrokerError`."""
 
 
 class PresenceBroker(Broker):

@@ -97,7 +97,7 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         self._deliver: Deliver | None = None
         self._channels: dict[str, _Channel] = {}
         self._presence: dict[str, _Presence] = {}
-        self._words: dict[str, str] = {}
+        self._words: dict[str, tuple[str, float]] = {}
         self._name = secrets.token_hex(4)
         # Channels with a history share an epoch, so that it stays that of one which is forgotten before anything was
         # published to it: none of its offsets was used. When another one is forgotten, the next epoch begins.
@@ -165,11 +165,18 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         first = max(since.offset - (top.offset - len(kept)), 0)
         return History(kept[first:][:limit], top)
 
-    async def remember(self, name: str, value: str) -> None:
-        self._words[name] = value
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
+        self._words[name] = (value, math.inf if ttl is None else _now() + ttl)
+        if ttl is not None:
+            self._sweep_later()
 
     async def recall(self, name: str) -> str | None:
-        return self._words.get(name)
+        value, expires = self._words.get(name, (None, math.inf))
+        return value if expires > _now() else None
+
+    async def take(self, name: str) -> str | None:
+        value, expires = self._words.pop(name, (None, math.inf))
+        return value if expires > _now() else None
 
     # Presence
 
@@ -253,7 +260,9 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         self._sweeper = None
         for channel, entry in list(self._channels.items()):
             self._expire(channel, entry)
-        if any(entry.kept for entry in self._channels.values()):
+        self._words = {name: words for name, words in self._words.items() if words[1] > _now()}
+        words_expire = any(expires < math.inf for _, expires in self._words.values())
+        if words_expire or any(entry.kept for entry in self._channels.values()):
             self._sweep_later()
 
     def _epoch(self) -> str:

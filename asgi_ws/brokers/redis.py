@@ -368,13 +368,20 @@ class RedisBroker(HistoryBroker, PresenceBroker):
             publications.append(Publication(channel, _payload(wire), position, wire.sender))
         return History(tuple(publications), Position(offset, epoch))
 
-    async def remember(self, name: str, value: str) -> None:
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
         key = self._names.word(name)
-        await self._execute(key, b"SET", key, value)
+        expiry = () if ttl is None else (b"PX", max(_ms(ttl), 1))
+        await self._execute(key, b"SET", key, value, *expiry)
 
     async def recall(self, name: str) -> str | None:
+        return await self._word(b"GET", name)
+
+    async def take(self, name: str) -> str | None:
+        return await self._word(b"GETDEL", name)
+
+    async def _word(self, command: bytes, name: str) -> str | None:
         key = self._names.word(name)
-        value = await self._execute(key, b"GET", key)
+        value = await self._execute(key, command, key)
         return None if value is None else value.decode()
 
     # Subscribing

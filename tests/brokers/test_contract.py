@@ -506,6 +506,24 @@ async def test_words_are_remembered(make_broker: MakeBroker) -> None:
         assert await broker.recall("rules") is None
 
 
+@needs("history")
+async def test_words_are_taken_by_one_of_those_who_ask_and_expire(make_broker: MakeBroker) -> None:
+    one, other = make_broker(), make_broker()
+    async with started(one), started(other):
+        await one.remember("ticket", "ann", ttl=60)
+        there = one if isinstance(one, MemoryBroker) else other
+        takers = [broker.take("ticket") for broker in (one, there) for _ in range(20)]
+        taken = await asyncio.gather(*takers)
+        assert sorted(map(str, taken)) == ["None"] * 39 + ["ann"]
+        assert await one.recall("ticket") is None
+        await one.remember("ticket", "bob", ttl=0.2)
+        assert await one.recall("ticket") == "bob"
+        async with asyncio.timeout(TIMEOUT):
+            while await one.recall("ticket") is not None:
+                await asyncio.sleep(0.02)
+        assert await one.take("ticket") is None
+
+
 # Presence
 
 
