@@ -21,6 +21,7 @@ from asgi_ws.messages import History, Position, Publication, Recovery
 from asgi_ws.middleware import WebSocketMiddleware
 from asgi_ws.outside import publish
 from asgi_ws.presence import Member, PresenceEvent, PresenceStats
+from asgi_ws.pubsub import Subscription
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "PublicationsLost",
     "Recovery",
     "SubscriberTooSlow",
+    "Subscription",
     "SubscriptionDenied",
     "WebSocketMiddleware",
     "publish",

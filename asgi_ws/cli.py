@@ -200,7 +200,7 @@ def connect(arguments: argparse.Namespace) -> int:
 
 def publish(arguments: argparse.Namespace) -> int:
     """Publish, and show the position."""
-    text = sys.stdin.read() if arguments.data == "-" else arguments.data
+    text = sys.stdin.read().removesuffix("\n") if arguments.data == "-" else arguments.data
     with _broker_troubles():
         position = outside.publish(arguments.url, arguments.channel, text if arguments.text else _data(text))
     print("published" if position is None else position)

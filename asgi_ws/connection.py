@@ -17,7 +17,14 @@ from typing_extensions import TypeVar
 from asgi_ws._types import Handler
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
-from asgi_ws.exceptions import ConnectionClosed, InvalidChannel, InvalidMessage, InvalidPosition, SubscriptionDenied
+from asgi_ws.exceptions import (
+    BrokerError,
+    ConnectionClosed,
+    InvalidChannel,
+    InvalidMessage,
+    InvalidPosition,
+    SubscriptionDenied,
+)
 from asgi_ws.frames import Frame, may_be_sent, size_of
 from asgi_ws.inbox import Inbox, Rate
 from asgi_ws.links import Link, ReceivingLink
@@ -267,7 +274,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             def begin(recovery: Recovery) -> None:
                 words = self._protocol.encode_recovery(channel, recovery)
                 if words is not None:
-                    cast(Outbox, self._outbox).push(Frame(words), channel)
+                    cast(Outbox, self._outbox).push(Frame(words), None)
 
             recovery = await pubsub.subscribe(channel, self, since=since, begin=begin)
             if present:
@@ -403,6 +410,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 return 1008, str(error)
             case WebSocketException() if may_be_sent(error.code):
                 return error.code, error.reason
+            case BrokerError():
+                logger.error("the handler of %r could not go on: %s", self.scope["path"], error)
+                return 1013, "try again later"
             case InvalidChannel() | InvalidPosition():
                 # As often as not the name was made of what the client said.
                 return 1008, str(error)

@@ -248,7 +248,7 @@ class Context:
         own = [(rule.pattern, rule.retention.size, rule.retention.ttl) for rule in self.rules if rule.retention]
         if own:
             await broker.remember(_RULES, to_json(own))
-        elif broker.spans_processes:
+        elif broker.spans_processes and not any(self.rules):
             words = await broker.recall(_RULES)
             self._borrowed = Rules()
             for pattern, size, ttl in _read_rules(words or "[]"):

@@ -233,7 +233,7 @@ def _of_hub(hub: Hub, workers: int) -> Iterator[Finding]:
         yield Finding(
             f"{workers} workers with the memory broker",
             "what one worker publishes, the clients of the others don't get",
-            "--workers 1, or a Broker that joins processes",
+            '--workers 1, or a broker for all of them: Hub("redis://localhost")',
         )
     limits = hub.context.limits
     off = [name for name in _LIMITS if getattr(limits, name) is None]

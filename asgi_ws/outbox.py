@@ -66,8 +66,9 @@ class Outbox:
         """Whether a handler waits in `put`."""
         return any(waiting.sent is not None for waiting in self._frames)
 
-    def push(self, frame: Frame, channel: str) -> None:
-        """Take a publication for this client. Never waits, never raises."""
+    def push(self, frame: Frame, channel: str | None) -> None:
+        """Take a publication for this client; without a channel it is one that no policy drops. Never waits, never
+        raises."""
         if not self._behind:
             self._behind = not self._link.write(frame)
         elif self._ended is None:
@@ -110,15 +111,15 @@ class Outbox:
             # Whoever else waits for it isn't cancelled with us.
             await asyncio.wait([last.sent])
 
-    def _queue(self, frame: Frame, channel: str) -> None:
+    def _queue(self, frame: Frame, channel: str | None) -> None:
         waiting = _Waiting(frame, channel)
-        if self._overflow == "latest":
+        if self._overflow == "latest" and channel is not None:
             for older in self._frames:
                 if older.channel == channel:
                     self._drop(older)
                     break
         while self._waiting_size + frame.size > self._size:
-            if self._overflow == "close":
+            if self._overflow == "close" or channel is None:
                 self._on_overflow()
                 return
             oldest = next((older for older in self._frames if older.channel is not None), None)

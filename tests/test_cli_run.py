@@ -199,7 +199,7 @@ def test_doctor_says_a_finding_in_a_line_with_the_fix(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.splitlines() == [
         "tests.test_cli_run:app: 1 finding",
         "- 2 workers with the memory broker: what one worker publishes, the clients of the others don't get. "
-        "Fix: --workers 1, or a Broker that joins processes",
+        'Fix: --workers 1, or a broker for all of them: Hub("redis://localhost")',
         "Start it with: asgi-ws run tests.test_cli_run:app --workers 2",
     ]
 

@@ -208,6 +208,21 @@ async def test_a_publication_larger_than_the_outbox_is_dropped(overflow: Overflo
     assert client.outbox.dropped == 1
 
 
+@pytest.mark.parametrize("overflow", ["close", "drop_oldest", "drop_newest", "latest"])
+async def test_what_is_of_no_channel_is_never_dropped(overflow: Overflow) -> None:
+    client = Client(room=1, size=4, overflow=overflow)
+    client.push("1")
+    client.outbox.push(Frame("22"), None)
+    client.push("3333", channel="b")
+    client.link.ready()
+    assert client.link.taken[:2] == ["1", "22"]
+    client = Client(room=1, size=4, overflow=overflow)
+    client.push("1")
+    client.outbox.push(Frame("2222"), None)
+    client.outbox.push(Frame("3"), None)
+    assert client.overflows == 1
+
+
 async def test_the_size_is_counted_in_bytes() -> None:
     client = Client(room=1, size=4, overflow="drop_newest")
     client.push("first", "üü", "x")

@@ -14,7 +14,8 @@ __all__ = ["PositionsProtocol"]
 class PositionsProtocol(Protocol[Any]):
     """What `Connection[..., Publication]` is sent: `{"channel": ..., "position": ..., "data": ...}` for a publication,
     with `base64` instead of `data` for bytes; before the first one of a channel, and before those that were missed,
-    `{"channel": ..., "recovered": ..., "position": ...}`. Everything else is its JSON."""
+    `{"channel": ..., "recovered": ..., "position": ...}`. Everything else is its JSON, the events of presence
+    included."""
 
     format = "positions"
 
@@ -28,6 +29,9 @@ class PositionsProtocol(Protocol[Any]):
 
     def encode_publication(self, publication: Publication) -> str:
         payload = publication.payload
+        if publication.channel.startswith("\x1f") and isinstance(payload.data, str):
+            # An event, which says itself what it is about.
+            return payload.data
         if isinstance(payload.data, bytes):
             data = f'"base64":"{base64.b64encode(payload.data).decode()}"'
         else:
