@@ -144,6 +144,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         self._on_lost: Callable[[], None] = _nothing
         self._link: Link | None = None
         self._linked = asyncio.Event()
+        self._streams: set[str] = set()
         self._channels: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._keys: dict[tuple[str, str], str] = {}
@@ -176,6 +177,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
             await link.close()
         self._channels.clear()
         self._keys.clear()
+        self._streams.clear()
         self._tidying = _Tidying()
 
     def _set_link(self, link: Link | None) -> None:
@@ -192,7 +194,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         failure: BrokerError | None = None
         for server in random.sample(servers, len(servers)):
             try:
-                link = await Link.open(self._address, server, self._lose)
+                link = await Link.open(self._address, server, self._streams, self._lose)
                 try:
                     for channel in tuple(self._channels):
                         await self._listen(link, channel)

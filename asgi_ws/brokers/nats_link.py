@@ -133,9 +133,10 @@ class Link:
     """One connection, from its handshake until it is lost; `lost` is then done. All that waits for the server fails
     with `BrokerError` when it is, or after `TIMEOUT` seconds."""
 
-    def __init__(self, on_overflow: Callable[[], None]) -> None:
+    def __init__(self, streams: set[str], on_overflow: Callable[[], None]) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.subscriptions: dict[str, Subscription] = {}
+        self._streams = streams
         self._on_overflow = on_overflow
         self._client = _Client()
         self._error: Exception | None = None
@@ -144,12 +145,13 @@ class Link:
         self._waiting: dict[str, Callable[[Msg | None], None]] = {}
         self._confirming: asyncio.Future[BrokerError | None] | None = None
         self._next_confirming: asyncio.Future[BrokerError | None] | None = None
-        self._ready: dict[str, asyncio.Task[None]] = {}
+        self._making: dict[str, asyncio.Task[None]] = {}
 
     @classmethod
-    async def open(cls, address: Address, server: str, on_overflow: Callable[[], None]) -> "Link":
-        """Connect to a server. Raises `BrokerError`."""
-        link = cls(on_overflow)
+    async def open(cls, address: Address, server: str, streams: set[str], on_overflow: Callable[[], None]) -> "Link":
+        """Connect to a server. `streams` are those that are known to be there, which outlives a link. `on_overflow` is
+        called when messages were dropped because too many were waiting. Raises `BrokerError`."""
+        link = cls(streams, on_overflow)
         try:
             await link._connect(address, server)
         except BaseException:
@@ -187,7 +189,7 @@ class Link:
     async def close(self) -> None:
         """Disconnect."""
         self._on_lost()
-        for task in self._ready.values():
+        for task in self._making.values():
             task.cancel()
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(1):
@@ -338,13 +340,15 @@ class Link:
         raise _Refused(action.partition(".")[0], error.err_code, error.description)
 
     async def have_stream(self, config: Mapping[str, Any]) -> None:
-        """See to it that there is a stream with this configuration; asks the server once per link."""
+        """See to it that there is a stream with this configuration. It is asked for once, and when it turns out to be
+        gone: a cluster that has just lost a server answers that late, when all its streams work again."""
         name = config["name"]
-        task = self._ready.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            # A task of its own, as many wait for it, and any of them may be cancelled.
-            task = self._ready[name] = asyncio.create_task(self._make_stream(name, config))
-        await asyncio.shield(task)
+        if name not in self._streams:
+            task = self._making.get(name)
+            if task is None or task.done():
+                # A task of its own, as many wait for it, and any of them may be cancelled.
+                task = self._making[name] = asyncio.create_task(self._make_stream(name, config))
+            await asyncio.shield(task)
 
     async def _make_stream(self, name: str, config: Mapping[str, Any]) -> None:
         try:
@@ -353,6 +357,7 @@ class Link:
             if refused.code != _OTHER_CONFIGURATION:
                 raise
             await self._ask(f"STREAM.UPDATE.{name}", config)
+        self._streams.add(name)
 
     async def store(self, config: Mapping[str, Any], subject: str, data: bytes, *, last: int | None = None) -> int:
         """Store a message, and its sequence number in the stream. With `last`, only if that is the number of the
@@ -365,7 +370,7 @@ class Link:
                 break
             except _NoStream:
                 # It was deleted meanwhile.
-                self._ready.pop(config["name"], None)
+                self._streams.discard(config["name"])
                 if last is not None:
                     raise Conflict from None
         if answer.error is None:
@@ -382,7 +387,7 @@ class Link:
             answer = await self._ask(f"STREAM.MSG.GET.{name}", {"last_by_subj": subject})
         except _Refused as refused:
             if refused.code == _STREAM_NOT_FOUND:
-                self._ready.pop(name, None)
+                self._streams.discard(name)
             elif refused.code != _NO_MESSAGE:
                 raise
             return None

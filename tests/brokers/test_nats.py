@@ -453,7 +453,8 @@ async def test_a_stream_that_was_deleted_is_a_new_epoch(server: NatsServer) -> N
 async def test_settings_of_a_stream_are_changed_by_who_comes_with_others(server: NatsServer) -> None:
     async with running(server.url, prefix="changed") as broker, bus(server) as other:
         await broker.publish("a", encode("1"), retention=KEPT)
-        await other.jetstream().update_stream(name="changed_history", subjects=["changed.h.>"], max_age=100)
+        config = (await other.jetstream().stream_info("changed_history")).config
+        await other.jetstream().update_stream(config.evolve(max_age=1000))
     async with running(server.url, prefix="changed") as broker, bus(server) as other:
         assert (await broker.history("a", since=None, limit=None)).position.offset == 1
         assert (await other.jetstream().stream_info("changed_history")).config.max_age == 30 * 24 * 3600
