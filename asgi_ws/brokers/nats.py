@@ -435,11 +435,15 @@ class NatsBroker(HistoryBroker, PresenceBroker):
     # Presence
 
     async def enter(self, channel: str, connection: str, key: str, value: str, *, expiry: float) -> bool:
+        before = self._keys.get((channel, connection), key)
+        if before != key:
+            await self.leave(channel, connection, grace=0)
         new, came = False, time.time()
 
         def change(entry: _Key, now: float, expired: bool) -> bool:
             nonlocal new
-            new = not entry.members and not (entry.lingers is not None and entry.lingers > now)
+            # Of a key that lingers longer than its grace nobody has been told yet.
+            new = not entry.members and entry.lingers is None
             here = entry.members.get(connection)
             entry.members[connection] = _Member(value, now + expiry, here.since if here else came)
             entry.lingers = None

@@ -348,6 +348,8 @@ class Link:
             if task is None or task.done():
                 # A task of its own, as many wait for it, and any of them may be cancelled.
                 task = self._making[name] = asyncio.create_task(self._make_stream(name, config))
+                # Those who wait for it tell of its error; that nobody does any more is none.
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
             await asyncio.shield(task)
 
     async def _make_stream(self, name: str, config: Mapping[str, Any]) -> None:

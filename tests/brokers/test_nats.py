@@ -545,7 +545,9 @@ async def test_what_was_acknowledged_outlives_kill_9() -> None:
             assert len({position.epoch for position in positions if position}) == 1
             assert [position.offset for position in positions if position] == list(range(1, last.offset + 1))
             assert set(acknowledged) <= set(positions)
-            await other.until(61)
+            async with asyncio.timeout(TIMEOUT):
+                while other.offsets[-1:] != [last.offset]:
+                    await asyncio.sleep(0.01)
             assert other.offsets == sorted(set(other.offsets))
 
 
