@@ -46,6 +46,7 @@ _DAY = 24 * 3600
 _MAX_HEADS = 10_000
 _MAX_EXPIRING = 100_000
 _TIDY_INTERVAL = 1.0
+_PATIENCE = 0.02
 _PING_INTERVAL = 1.5
 _PING_TIMEOUT = 3.0
 _MAX_DELAY = 1.0
@@ -146,6 +147,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         self._linked = asyncio.Event()
         self._streams: set[str] = set()
         self._channels: set[str] = set()
+        self._orders: dict[str, _Order] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._keys: dict[tuple[str, str], str] = {}
         self._heads = _Heads()
@@ -176,6 +178,9 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         if link is not None:
             await link.close()
         self._channels.clear()
+        for order in self._orders.values():
+            order.stop()
+        self._orders.clear()
         self._keys.clear()
         self._streams.clear()
         self._tidying = _Tidying()
@@ -287,6 +292,8 @@ class NatsBroker(HistoryBroker, PresenceBroker):
 
     async def unsubscribe(self, channel: str) -> None:
         self._channels.discard(channel)
+        if (order := self._orders.pop(channel, None)) is not None:
+            order.stop()
         if self._link is not None:
             await self._link.unsubscribe(channel)
 
@@ -304,13 +311,24 @@ class NatsBroker(HistoryBroker, PresenceBroker):
             with contextlib.suppress(ValueError):
                 sequence = int(msg.headers.get("Nats-Sequence", ""))
                 self._heads.advance(channel, _Head(sequence, record.offset, record.epoch))
-        if record.kind is not None and self._deliver is not None and channel in self._channels:
-            try:
-                publication = record.publication(channel)
-            except UnicodeError:
-                self.ignored += 1
-            else:
-                self._deliver(publication)
+        if self._deliver is None or channel not in self._channels:
+            return
+        if record.kind is None:
+            if record.offset == 0 and channel not in self._orders:
+                self._orders[channel] = _Order(self._deliver, Position(0, record.epoch))
+            return
+        try:
+            publication = record.publication(channel)
+        except UnicodeError:
+            self.ignored += 1
+            return
+        if publication.position is None:
+            self._deliver(publication)
+            return
+        order = self._orders.get(channel)
+        if order is None:
+            order = self._orders[channel] = _Order(self._deliver)
+        order.take(publication, publication.position)
 
     def _read(self, data: bytes) -> _Record | None:
         """What a message says; `None`, and one more that was ignored, when it can't be understood."""
@@ -582,6 +600,59 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         last = await link.last(self._presence_stream, subject)
         entry = None if last is None else self._read_key(last.data)
         return last.sequence if last else 0, entry or _Key(key, {})
+
+
+class _Order:
+    """Delivers a channel's publications by their offsets.
+
+    A single server stores what two clients publish one by one, but may send it on the other way round when it is busy.
+    What comes too early waits a moment for what is missing. If that is lost then the others don't wait for ever, and
+    the hub sees the gap; and if it comes later still, it is too late.
+    """
+
+    __slots__ = ("_deliver", "_early", "_last", "_timer")
+
+    def __init__(self, deliver: Deliver, last: Position | None = None) -> None:
+        self._deliver = deliver
+        self._last = last
+        self._early: dict[int, Publication] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def take(self, publication: Publication, position: Position) -> None:
+        epoch = None if self._last is None else self._last.epoch
+        if epoch != position.epoch and (epoch is not None or position.offset == 1):
+            self._release()
+            self._hand_on(publication, position)
+        elif self._last is not None and position.offset <= self._last.offset:
+            return
+        elif self._last is not None and position.offset == self._last.offset + 1:
+            self._hand_on(publication, position)
+        else:
+            self._early[position.offset] = publication
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_PATIENCE, self._release)
+
+    def _hand_on(self, publication: Publication, position: Position) -> None:
+        self._last = position
+        self._deliver(publication)
+        offset = position.offset + 1
+        while self._early and (following := self._early.pop(offset, None)) is not None:
+            self._last = following.position
+            self._deliver(following)
+            offset += 1
+
+    def _release(self) -> None:
+        self.stop()
+        early, self._early = self._early, {}
+        for _, publication in sorted(early.items()):
+            self._last = publication.position
+            self._deliver(publication)
+
+    def stop(self) -> None:
+        """Deliver nothing by itself any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Heads:

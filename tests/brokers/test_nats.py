@@ -518,6 +518,69 @@ async def test_many_members_are_counted_refreshed_and_forgotten(server: NatsServ
         assert await other.count("a") == (10, 10)
 
 
+# Order
+
+
+def publications(*offsets: int, epoch: str = "e") -> list[Publication]:
+    return [Publication("a", encode(str(offset)), Position(offset, epoch)) for offset in offsets]
+
+
+@pytest.mark.parametrize(
+    ("last", "came", "delivered"),
+    [
+        (None, (1, 2, 3), [1, 2, 3]),
+        (None, (2, 1, 3), [1, 2, 3]),
+        (Position(4, "e"), (7, 6, 5, 8), [5, 6, 7, 8]),
+        (Position(0, "e"), (2, 1), [1, 2]),
+        (Position(4, "e"), (5, 5, 3, 6), [5, 6]),
+        (Position(4, "other"), (2, 3), [2, 3]),
+        (Position(4, "e"), (5, 7, 8), [5]),
+    ],
+)
+async def test_what_comes_too_early_waits(last: Position | None, came: tuple[int, ...], delivered: list[int]) -> None:
+    taken: list[Publication] = []
+    order = module._Order(taken.append, last)
+    for publication in publications(*came):
+        assert publication.position is not None
+        order.take(publication, publication.position)
+    assert taken == publications(*delivered)
+    order.stop()
+
+
+async def test_what_comes_too_early_does_not_wait_for_ever() -> None:
+    taken: list[Publication] = []
+    order = module._Order(taken.append)
+    for publication in publications(9, 7, 8):
+        assert publication.position is not None
+        order.take(publication, publication.position)
+    assert taken == []
+    async with asyncio.timeout(TIMEOUT):
+        while len(taken) < 3:
+            await asyncio.sleep(0.01)
+    late, next_one = publications(6, 10)
+    order.take(late, Position(6, "e"))
+    order.take(next_one, Position(10, "e"))
+    assert taken == publications(7, 8, 9, 10)
+
+
+async def test_nothing_waits_in_a_channel_that_was_left(server: NatsServer) -> None:
+    async with running(server.url, prefix="left") as broker:
+        await broker.publish("a", encode("1"), retention=KEPT)
+        await broker.subscribe("a")
+        await broker.publish("a", encode("2"), retention=KEPT)
+        async with asyncio.timeout(TIMEOUT):
+            while not broker._orders:
+                await asyncio.sleep(0)
+        await broker.unsubscribe("a")
+        await broker.subscribe("b")
+        await broker.history("b", since=None, limit=0)
+        await asyncio.sleep(2 * module._PATIENCE)
+        assert broker.delivered == []
+        await broker.publish("b", encode("3"), retention=KEPT)
+        assert await broker.until(1) == ["3"]
+        assert not broker._orders.keys() - {"b"}
+
+
 # What happens to servers
 
 
