@@ -46,6 +46,8 @@ _DAY = 24 * 3600
 _MAX_HEADS = 10_000
 _MAX_EXPIRING = 100_000
 _TIDY_INTERVAL = 1.0
+_ATTEMPTS = 3
+_WINDOW = 512
 _PATIENCE = 0.02
 _PING_INTERVAL = 1.5
 _PING_TIMEOUT = 3.0
@@ -145,6 +147,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         self._on_lost: Callable[[], None] = _nothing
         self._link: Link | None = None
         self._linked = asyncio.Event()
+        self._window = asyncio.Semaphore(_WINDOW)
         self._streams: set[str] = set()
         self._channels: set[str] = set()
         self._orders: dict[str, _Order] = {}
@@ -158,7 +161,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
 
     async def start(self, deliver: Deliver, lost: Callable[[], None]) -> None:
         self._deliver, self._on_lost = deliver, lost
-        self._linked = asyncio.Event()  # of this loop
+        self._linked, self._window = asyncio.Event(), asyncio.Semaphore(_WINDOW)  # of this loop
         try:
             link = await self._connect(list(self._address.servers))
         except BaseException:
@@ -199,15 +202,14 @@ class NatsBroker(HistoryBroker, PresenceBroker):
         failure: BrokerError | None = None
         for server in random.sample(servers, len(servers)):
             try:
-                link = await Link.open(self._address, server, self._streams, self._lose)
-                try:
+                async with contextlib.AsyncExitStack() as stack:
+                    link = await Link.open(self._address, server, self._streams, self._lose)
+                    stack.push_async_callback(link.close)
                     for channel in tuple(self._channels):
                         await self._listen(link, channel)
                     await link.confirm()
-                except BaseException:
-                    await link.close()
-                    raise
-                return link
+                    stack.pop_all()
+                    return link
             except BrokerError as error:
                 failure = error
         assert failure is not None
@@ -234,7 +236,7 @@ class NatsBroker(HistoryBroker, PresenceBroker):
 
     async def _watch(self, link: Link) -> None:
         """Returns when the link is lost, or the server has stopped answering."""
-        while not link.lost.done():
+        while True:
             await asyncio.wait([link.lost], timeout=_PING_INTERVAL)
             try:
                 async with asyncio.timeout(_PING_TIMEOUT):
@@ -267,28 +269,37 @@ class NatsBroker(HistoryBroker, PresenceBroker):
     async def subscribe(self, channel: str) -> None:
         self._channels.add(channel)
         try:
-            async with asyncio.timeout(TIMEOUT):
-                await self._subscribe(channel)
-        except BaseException as error:
+            await self._subscribe(channel)
+        except BaseException:
             await self.unsubscribe(channel)
-            if isinstance(error, TimeoutError):
-                raise BrokerError(f"there was no link to a NATS server for {TIMEOUT:g} seconds") from None
             raise
 
     async def _subscribe(self, channel: str) -> None:
         """Subscribe over this link or the next one, which may have done so already."""
-        while True:
-            await self._linked.wait()
-            link = self._current_link()
+        for _ in range(_ATTEMPTS):
             try:
-                if channel not in link.subscriptions:
-                    await self._listen(link, channel)
-                return await link.confirm()
-            except BrokerError:
-                if not link.lost.done():
-                    raise
-                if self._link is link:
-                    self._set_link(None)
+                async with asyncio.timeout(TIMEOUT):
+                    await self._linked.wait()
+            except TimeoutError:
+                raise BrokerError(f"there was no link to a NATS server for {TIMEOUT:g} seconds") from None
+            # Not thousands at once: the last of them would have waited too long before they were even sent.
+            async with self._window:
+                if self._link is not None and await self._subscribed(self._link, channel):
+                    return
+        raise BrokerError("the link to the NATS server was lost again and again")
+
+    async def _subscribed(self, link: Link, channel: str) -> bool:
+        """Whether the server has confirmed it; not if the link was lost."""
+        try:
+            if channel not in link.subscriptions:
+                await self._listen(link, channel)
+            await link.confirm()
+        except BrokerError:
+            if not link.lost.done():
+                raise
+            await asyncio.sleep(0.01)  # until this has been seen elsewhere, too
+            return False
+        return True
 
     async def unsubscribe(self, channel: str) -> None:
         self._channels.discard(channel)
@@ -513,16 +524,15 @@ class NatsBroker(HistoryBroker, PresenceBroker):
 
         async def forget(key: str) -> bool:
             def change(entry: _Key, now: float, expired: bool) -> bool:
-                if entry.members or (entry.lingers is None and not expired):
-                    return False
-                if entry.lingers is not None and entry.lingers > now:
-                    return False
-                entry.lingers = None
-                return True
+                gone = not entry.members and (expired if entry.lingers is None else entry.lingers <= now)
+                if gone:
+                    entry.lingers = None
+                return gone
 
-            with contextlib.suppress(BrokerError):  # the next refresh tries again
+            try:
                 return await self._change(channel, key, change, entries[key])
-            return False
+            except BrokerError:  # the next refresh tries again, and those that have gone by now are told
+                return False
 
         await _for_each(stay, list(own))
         now = time.time()
@@ -619,15 +629,12 @@ class _Order:
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, publication: Publication, position: Position) -> None:
-        epoch = None if self._last is None else self._last.epoch
-        if epoch != position.epoch and (epoch is not None or position.offset == 1):
+        if self._last is not None and self._last.epoch != position.epoch:
             self._release()
             self._hand_on(publication, position)
-        elif self._last is not None and position.offset <= self._last.offset:
-            return
-        elif self._last is not None and position.offset == self._last.offset + 1:
+        elif position.offset == (1 if self._last is None else self._last.offset + 1):
             self._hand_on(publication, position)
-        else:
+        elif self._last is None or position.offset > self._last.offset:
             self._early[position.offset] = publication
             if self._timer is None:
                 self._timer = asyncio.get_running_loop().call_later(_PATIENCE, self._release)

@@ -310,7 +310,7 @@ class Link:
         answered: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
 
         def answer(msg: Msg | None) -> None:
-            if not answered.done():
+            with contextlib.suppress(asyncio.InvalidStateError):  # it was answered already
                 answered.set_result(msg)
 
         with self._answers(answer) as reply:
@@ -386,17 +386,14 @@ class Link:
         await self.have_stream(config)
         name = config["name"]
         try:
-            answer = await self._ask(f"STREAM.MSG.GET.{name}", {"last_by_subj": subject})
+            message = (await self._ask(f"STREAM.MSG.GET.{name}", {"last_by_subj": subject})).message
         except _Refused as refused:
             if refused.code == _STREAM_NOT_FOUND:
                 self._streams.discard(name)
             elif refused.code != _NO_MESSAGE:
                 raise
             return None
-        message = answer.message
-        if message is None:
-            raise BrokerError("NATS gave an answer without the message that it was asked for")
-        return Stored(message.subject, message.seq, message.time.timestamp(), message.data)
+        return None if message is None else Stored(message.subject, message.seq, message.time.timestamp(), message.data)
 
     async def read(self, config: Mapping[str, Any], subject: str) -> list[Stored]:
         """All messages with this subject, which may have wildcards, oldest first. Those that come meanwhile may be
@@ -446,9 +443,8 @@ class Link:
         more = asyncio.Event()
 
         async def take(msg: Msg) -> None:
-            if (stored := _delivered(msg)) is not None:
-                read.append(stored)
-                more.set()
+            read.append(_delivered(msg))
+            more.set()
 
         name = config["name"]
         # A subscription of its own, as what a consumer delivers has its first subject and not the one it is sent to.
@@ -498,13 +494,11 @@ def _got(data: bytes, headers: Mapping[str, str]) -> Stored:
     return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), time, data)
 
 
-def _delivered(msg: Msg) -> Stored | None:
+def _delivered(msg: Msg) -> Stored:
     """A message of a stream, as a consumer is given it. Its reply subject says where it is from: `$JS.ACK.`, in later
     versions a domain and an account, then stream, consumer, count, sequence, consumer's sequence, time, how many wait,
     and in later versions a random token."""
     parts = msg.reply.split(".")
-    if parts[:2] != ["$JS", "ACK"] or len(parts) < 9:
-        return None
     at = 2 if len(parts) == 9 else 4
     return Stored(msg.subject, int(parts[at + 3]), int(parts[at + 5]) / 1e9, msg.data)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from asgi_ws.brokers import broker_for
 from asgi_ws.brokers import nats as module
@@ -270,6 +271,17 @@ async def test_hubs_with_different_prefixes_do_not_meet(server: NatsServer) -> N
         assert list(await one.members("a")) == [await one.recall("name")] == ["one"]
 
 
+async def test_those_who_wait_together_share_a_confirmation(server: NatsServer) -> None:
+    async with running(server.url, prefix="shared") as broker:
+        await broker.subscribe("a")
+        waiting = []
+        for number in range(10):
+            waiting.append(asyncio.create_task(broker.publish("a", encode(number))))
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+        assert await broker.until(10) == list(range(10))
+
+
 async def test_what_can_not_be_read_is_counted_and_dropped(server: NatsServer) -> None:
     record = module._Record("text", b"x", None, 0, "", 0, 0)
     garbage = [
@@ -353,7 +365,105 @@ async def test_a_process_that_reads_too_slowly_is_told_to_look(
         assert await broker.until(1) == ["y"]
 
 
+async def test_an_account_without_jetstream_is_told_so() -> None:
+    with nats_server() as server:
+        server.stop()
+        config = server.directory / "config"
+        config.write_text("accounts { A: { users: [ { user: ann, password: x } ] } }")
+        server._options += ["-c", str(config)]
+        server.start()
+        async with running(server.url.replace("//", "//ann:x@")) as broker:
+            with pytest.raises(BrokerError, match="JetStream, which isn't enabled"):
+                await broker.history("a", since=None, limit=None)
+
+
+async def test_what_the_server_refuses_is_told(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(server.url, prefix="refused") as broker, bus(server) as other:
+        await broker.publish("a", encode("1"), retention=KEPT)
+        config = (await other.jetstream().stream_info("refused_history")).config
+        await other.jetstream().update_stream(config.evolve(max_msg_size=200))
+        with pytest.raises(BrokerError, match="NATS refused to store it: message size exceeds maximum"):
+            await broker.publish("a", encode("x" * 300), retention=KEPT)
+        link = broker._link
+        assert link is not None
+        with pytest.raises(BrokerError, match="NATS refused STREAM"):
+            await link.last(broker._history_stream, "")
+        for bad in (link.send("a b", b""), link.subscribe("x", "a b", Ignored())):
+            with pytest.raises(BrokerError, match="NATS: "):
+                await bad
+
+        async def answer(msg: Msg) -> None:
+            await msg.respond(b"garbage")
+
+        await other.subscribe("garbage", cb=answer)
+        await other.flush()
+        with pytest.raises(BrokerError, match="an answer that can't be read"):
+            await link._request("garbage", b"")
+        monkeypatch.setattr(link_module, "_MAX_UNSENT", -1)
+        with pytest.raises(BrokerError, match="too much waits to be sent"):
+            await broker.publish("a", encode("x"))
+
+
+class Ignored:
+    """A handler of messages."""
+
+    async def __call__(self, msg: Msg) -> None:
+        raise AssertionError
+
+
+async def test_a_link_that_was_lost_does_nothing_more(server: NatsServer) -> None:
+    async with running(server.url, prefix="lost") as broker:
+        link = broker._link
+        assert link is not None
+        await link.unsubscribe("nobody")
+        reading = asyncio.create_task(link._read_batches({"name": "x"}, "x", 1))
+        await asyncio.sleep(0)
+        await link.close()
+        attempts = [reading, link.send("a", b""), link.confirm(), link.subscribe("a", "a", Ignored())]
+        for attempt in attempts:
+            with pytest.raises(BrokerError, match="the link to the NATS server is lost"):
+                await attempt
+        await broker.until_lost()
+        await broker.stop()
+        broker._lose()
+        broker._take("a", Msg(link._client, data=b"\x01" + msgspec.msgpack.encode(module._marker(_HEAD))))
+        assert broker.lost == 1
+
+
+_HEAD = module._Head(1, 0, "e")
+
+
+async def test_a_link_that_is_lost_again_and_again_ends_in_an_error(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ATTEMPTS", 0)
+    async with running(server.url) as broker:
+        with pytest.raises(BrokerError, match="lost again and again"):
+            await broker.subscribe("a")
+
+
 # What is kept
+
+
+async def test_a_server_that_is_behind_is_asked_again(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def behind(*arguments: object) -> list[object]:
+        return []
+
+    async with running(server.url, prefix="behind") as broker:
+        await broker.publish("a", encode("1"), retention=KEPT)
+        monkeypatch.setattr(link_module.Link, "_read_batches", behind)
+        assert len((await broker.history("a", since=None, limit=None)).publications) == 1
+        monkeypatch.setattr(link_module.Link, "_read_by_consumer", behind)
+        with pytest.raises(BrokerError, match="didn't give all that it has stored"):
+            await broker.history("a", since=None, limit=None)
+
+
+async def test_a_consumer_does_not_wait_for_what_was_deleted(server: NatsServer) -> None:
+    async with running(server.url, prefix="purged") as broker:
+        await broker.publish("a", encode("1"), retention=KEPT)
+        assert broker._link is not None
+        read = await broker._link._read_by_consumer(broker._history_stream, "purged.h.a", 99)
+        assert [stored.sequence for stored in read] == [1]
 
 
 async def test_publishers_of_many_processes_count_together(server: NatsServer) -> None:
@@ -378,6 +488,7 @@ async def test_publishers_of_many_processes_count_together(server: NatsServer) -
 async def test_a_history_ends_its_time_after_the_last_publication_and_the_count_goes_on(server: NatsServer) -> None:
     brief = Retention(10, 0.4)
     async with running(server.url, prefix="brief") as broker, bus(server) as other:
+        await broker.subscribe("a")
         for number in (1, 2):
             await broker.publish("a", encode(number), retention=brief)
             await asyncio.sleep(0.25)
@@ -397,6 +508,7 @@ async def test_a_history_ends_its_time_after_the_last_publication_and_the_count_
                 await asyncio.sleep(0.05)
         assert await broker.history("a", since=None, limit=None) == type(history)((), third)
         assert await broker.publish("a", encode(4), retention=brief) == Position(4, history.position.epoch)
+        assert await broker.until(4) == [1, 2, 3, 4]
 
 
 async def test_no_more_is_stored_than_twice_what_is_kept(server: NatsServer) -> None:
@@ -506,16 +618,35 @@ async def test_other_processes_can_leave_for_one(server: NatsServer) -> None:
 async def test_many_members_are_counted_refreshed_and_forgotten(server: NatsServer) -> None:
     async with running(server.url, prefix="crowd") as one, running(server.url, prefix="crowd") as other:
         names = [f"c{number}" for number in range(300)]
-        new = await asyncio.gather(*(one.enter("a", name, name[:3], "x", expiry=0.5) for name in names))
-        assert sum(new) == len({name[:3] for name in names})
-        assert await other.count("a") == (300, 100)
+        keys = {name[:3] for name in names}
+        new = await asyncio.gather(*(one.enter("a", name, name[:3], "x", expiry=60) for name in names))
+        assert sum(new) == len(keys)
+        assert await other.count("a") == (300, len(keys))
         assert list(await other.members("a")) == names
-        assert await one.refresh("a", {name: (name[:3], "y") for name in names[:10]}, expiry=60) == []
-        assert (await other.members("a"))["c9"] == "y"
-        await asyncio.sleep(0.5)
+        assert await one.refresh("a", {name: (name[:3], "y") for name in names[10:]}, expiry=0.05) == []
+        assert (await other.members("a"))["c9"] == "x"
+        async with asyncio.timeout(TIMEOUT):
+            while await other.count("a") != (10, 10):
+                await asyncio.sleep(0.01)
         gone = await asyncio.gather(one.refresh("a", {}, expiry=60), other.refresh("a", {}, expiry=60))
-        assert sorted(gone[0] + gone[1]) == sorted({name[:3] for name in names} - set(names[:10]))
+        assert sorted(gone[0] + gone[1]) == sorted(keys - set(names[:10]))
+        await one.leave("a", "c11", grace=0)
+        assert await one.refresh("a", {}, expiry=60) == []
         assert await other.count("a") == (10, 10)
+
+
+async def test_presence_that_can_not_be_written_is_told(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(server.url, prefix="unwritten") as broker:
+        await broker.enter("a", "c1", "ann", "x", expiry=60)
+        await broker.leave("a", "c1", grace=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "TIMEOUT", 0)
+            with pytest.raises(BrokerError, match="presence could not be changed within 0 seconds"):
+                await broker.enter("a", "c2", "bob", "x", expiry=60)
+            with pytest.raises(BrokerError, match="presence could not be changed"):
+                await broker.refresh("a", {"c2": ("bob", "x")}, expiry=60)
+            assert await broker.refresh("a", {}, expiry=60) == []
+        assert await broker.refresh("a", {}, expiry=60) == ["ann"]
 
 
 # Order
