@@ -306,7 +306,10 @@ class Link:
         finally:
             del self._waiting[name]
 
-    async def _request(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> _Answer:
+    async def _request(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, *, repeat: float | None = None
+    ) -> _Answer:
+        """The answer to a request, which is repeated every so many seconds until there is one."""
         answered: asyncio.Future[Msg | None] = asyncio.get_running_loop().create_future()
 
         def answer(msg: Msg | None) -> None:
@@ -314,8 +317,14 @@ class Link:
                 answered.set_result(msg)
 
         with self._answers(answer) as reply:
-            await self.send(subject, data, reply=reply, headers=headers)
-            msg = await _limited(answered)
+            try:
+                async with asyncio.timeout(TIMEOUT):
+                    while not answered.done():
+                        await self.send(subject, data, reply=reply, headers=headers)
+                        await asyncio.wait([answered], timeout=repeat)
+            except TimeoutError:
+                raise _too_late() from None
+        msg = answered.result()
         if msg is None:
             raise _lost()
         if not msg.data and msg.headers and msg.headers.get("Status") == "503":
@@ -329,7 +338,8 @@ class Link:
 
     async def _ask(self, action: str, body: Mapping[str, Any]) -> _Answer:
         try:
-            answer = await self._request(f"$JS.API.{action}", msgspec.json.encode(body))
+            # While a cluster has no leader nobody answers. It does no harm to ask for the same twice.
+            answer = await self._request(f"$JS.API.{action}", msgspec.json.encode(body), repeat=1)
         except _NoStream:
             raise _no_jetstream() from None
         error = answer.error

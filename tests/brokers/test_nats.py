@@ -83,7 +83,7 @@ async def running(url: str, **options: str | int) -> AsyncIterator[Process]:
 
 
 async def publish_until_it_works(broker: NatsBroker, channel: str, data: object) -> Position | None:
-    async with asyncio.timeout(TIMEOUT):
+    async with asyncio.timeout(2 * TIMEOUT):
         while True:
             with contextlib.suppress(BrokerError):
                 return await broker.publish(channel, encode(data), retention=KEPT)
@@ -639,14 +639,12 @@ async def test_presence_that_can_not_be_written_is_told(server: NatsServer, monk
     async with running(server.url, prefix="unwritten") as broker:
         await broker.enter("a", "c1", "ann", "x", expiry=60)
         await broker.leave("a", "c1", grace=0)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "TIMEOUT", 0)
-            with pytest.raises(BrokerError, match="presence could not be changed within 0 seconds"):
-                await broker.enter("a", "c2", "bob", "x", expiry=60)
-            with pytest.raises(BrokerError, match="presence could not be changed"):
-                await broker.refresh("a", {"c2": ("bob", "x")}, expiry=60)
-            assert await broker.refresh("a", {}, expiry=60) == []
-        assert await broker.refresh("a", {}, expiry=60) == ["ann"]
+        monkeypatch.setattr(module, "TIMEOUT", 0)
+        with pytest.raises(BrokerError, match="presence could not be changed within 0 seconds"):
+            await broker.enter("a", "c2", "bob", "x", expiry=60)
+        with pytest.raises(BrokerError, match="presence could not be changed"):
+            await broker.refresh("a", {"c2": ("bob", "x")}, expiry=60)
+        assert await broker.refresh("a", {}, expiry=60) == [], "nobody is told what may not have happened"
 
 
 # Order
