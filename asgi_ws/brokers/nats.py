@@ -471,8 +471,8 @@ class NatsBroker(HistoryBroker, PresenceBroker):
 
         def change(entry: _Key, now: float, expired: bool) -> bool:
             nonlocal new
-            # Of a key that lingers longer than its grace nobody has been told yet.
-            new = not entry.members and entry.lingers is None
+            # Of a key whose grace is over, or whose members have expired, nobody has been told yet.
+            new = not entry.members and entry.lingers is None and not expired
             here = entry.members.get(connection)
             entry.members[connection] = _Member(value, now + expiry, here.since if here else came)
             entry.lingers = None

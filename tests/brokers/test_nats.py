@@ -630,7 +630,15 @@ async def test_many_members_are_counted_refreshed_and_forgotten(server: NatsServ
                 await asyncio.sleep(0.01)
         gone = await asyncio.gather(one.refresh("a", {}, expiry=60), other.refresh("a", {}, expiry=60))
         assert sorted(gone[0] + gone[1]) == sorted(keys - set(names[:10]))
+        assert await one.enter("a", "c11", "c11", "x", expiry=0.05), "they have been told"
+        async with asyncio.timeout(TIMEOUT):
+            while await other.count("a") != (10, 10):
+                await asyncio.sleep(0.01)
         await one.leave("a", "c11", grace=0)
+        assert not await other.enter("a", "c11", "c11", "x", expiry=0.05), "nobody has been told"
+        async with asyncio.timeout(TIMEOUT):
+            while await other.refresh("a", {}, expiry=60) != ["c11"]:
+                await asyncio.sleep(0.01)
         assert await one.refresh("a", {}, expiry=60) == []
         assert await other.count("a") == (10, 10)
 
