@@ -797,6 +797,25 @@ async def test_a_server_that_hangs_is_noticed_and_found_again() -> None:
             assert time.monotonic() - before < 3
 
 
+async def test_no_answer_is_waited_for_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "TIMEOUT", 0.2)
+    with nats_server() as server:
+        async with running(server.url) as broker:
+            await broker.publish("a", encode("1"), retention=KEPT)
+            server.pause()
+            for attempt in (
+                broker.publish("a", encode("2")),
+                broker.publish("a", encode("2"), retention=KEPT),
+                broker.history("a", since=None, limit=None),
+            ):
+                with pytest.raises(BrokerError, match=r"gave no answer within 0\.2 seconds"):
+                    await attempt
+            monkeypatch.setattr(link_module, "TIMEOUT", 5)
+            monkeypatch.setattr(module, "TIMEOUT", 0.2)
+            with pytest.raises(BrokerError, match=r"could not be stored within 0\.2 seconds"):
+                await broker.publish("a", encode("2"), retention=KEPT)
+
+
 async def test_subscribing_without_a_server_fails_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT", 0.2)
     with nats_server() as server:
