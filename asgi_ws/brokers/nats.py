@@ -107,6 +107,13 @@ class _Key(msgspec.Struct, array_like=True):
         return len(self.members) < before
 
 
+class _Word(msgspec.Struct, array_like=True, frozen=True):
+    """What is remembered, and until when. Once it is taken there is nothing."""
+
+    value: str | None
+    until: float | None
+
+
 class _Head(typing.NamedTuple):
     """A channel's latest message: its number in the stream, and its position in the channel."""
 
@@ -119,6 +126,7 @@ _T = typing.TypeVar("_T")
 
 _encode = msgspec.msgpack.encode
 _decode_record = msgspec.msgpack.Decoder(_Record).decode
+_decode_word = msgspec.msgpack.Decoder(_Word).decode
 _decode_key = msgspec.msgpack.Decoder(_Key).decode
 
 
@@ -442,6 +450,8 @@ class NatsBroker(HistoryBroker, PresenceBroker):
                     await link.purge(self._history_stream, f"{self._prefix}.h.{token(channel)}", keep=size)
                 for channel, head in self._tidying.take_expired():
                     await self._expire(link, channel, head)
+                for name, sequence in self._tidying.take_forgotten():
+                    await link.purge(self._values_stream, self._word_subject(name), seq=sequence + 1)
 
     async def _expire(self, link: Link, channel: str, head: _Head) -> None:
         subject = f"{self._prefix}.h.{token(channel)}"
@@ -450,16 +460,50 @@ class NatsBroker(HistoryBroker, PresenceBroker):
             sequence = await link.store(self._history_stream, subject, marker, last=head.sequence)
             await link.purge(self._history_stream, subject, seq=sequence)
 
-    async def remember(self, name: str, value: str) -> None:
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
         link = self._current_link()
-        await link.store(self._values_stream, f"{self._prefix}.v.{token(name)}", _VERSION + value.encode())
+        word = _VERSION + _encode(_Word(value, None if ttl is None else time.time() + ttl))
+        sequence = await link.store(self._values_stream, self._word_subject(name), word)
+        if ttl is not None:
+            self._tidying.remembered(name, sequence, ttl)
 
     async def recall(self, name: str) -> str | None:
-        last = await self._current_link().last(self._values_stream, f"{self._prefix}.v.{token(name)}")
-        if last is not None and last.data[:1] == _VERSION:
-            with contextlib.suppress(UnicodeError):
-                return last.data[1:].decode()
-        return None
+        value, _ = await self._word(self._current_link(), name)
+        return value
+
+    async def take(self, name: str) -> str | None:
+        link = self._current_link()
+        subject, nothing = self._word_subject(name), _VERSION + _encode(_Word(None, None))
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                while True:
+                    value, sequence = await self._word(link, name)
+                    if value is None:
+                        return None
+                    with contextlib.suppress(Conflict):  # of many that try one succeeds, and the others look again
+                        sequence = await link.store(self._values_stream, subject, nothing, last=sequence)
+                        break
+        except TimeoutError:
+            raise BrokerError(f"what was remembered could not be taken within {TIMEOUT:g} seconds") from None
+        with contextlib.suppress(BrokerError):  # it stays, and means nothing
+            await link.purge(self._values_stream, subject, seq=sequence + 1)
+        return value
+
+    async def _word(self, link: Link, name: str) -> tuple[str | None, int]:
+        """What is remembered by a name, and the number of its message."""
+        last = await link.last(self._values_stream, self._word_subject(name))
+        if last is None:
+            return None, 0
+        with contextlib.suppress(ValueError, msgspec.MsgspecError):
+            if last.data[:1] == _VERSION:
+                word = _decode_word(memoryview(last.data)[1:])
+                expired = word.until is not None and word.until <= time.time()
+                return None if expired else word.value, last.sequence
+        self.ignored += 1
+        return None, last.sequence
+
+    def _word_subject(self, name: str) -> str:
+        return f"{self._prefix}.v.{token(name)}"
 
     # Presence
 
@@ -687,13 +731,14 @@ class _Heads:
 
 
 class _Tidying:
-    """What this process has published and has to see the end of: channels that may have more messages than they keep,
-    and those whose messages expire when nobody publishes any more."""
+    """What this process has to see the end of: channels that may have more messages than they keep, those whose
+    messages expire when nobody publishes any more, and words that are remembered for a time."""
 
     def __init__(self) -> None:
         self._overfull: dict[str, int] = {}
         self._expiring: dict[str, tuple[float, _Head]] = {}
         self._by_time: list[tuple[float, str]] = []
+        self._words: list[tuple[float, str, int]] = []
 
     def published(self, channel: str, head: _Head, retention: Retention) -> None:
         # Not every time, as each time costs a request. The steps are the channel's, whoever publishes.
@@ -705,6 +750,18 @@ class _Tidying:
                 return  # the stream's own limit, a month, has to do
             heapq.heappush(self._by_time, (due, channel))
         self._expiring[channel] = due, head
+
+    def remembered(self, name: str, sequence: int, ttl: float) -> None:
+        if len(self._words) < _MAX_EXPIRING:
+            heapq.heappush(self._words, (time.monotonic() + ttl, name, sequence))
+
+    def take_forgotten(self) -> list[tuple[str, int]]:
+        now = time.monotonic()
+        forgotten = []
+        while self._words and self._words[0][0] <= now:
+            _, name, sequence = heapq.heappop(self._words)
+            forgotten.append((name, sequence))
+        return forgotten
 
     def take_overfull(self) -> list[tuple[str, int]]:
         overfull, self._overfull = self._overfull, {}

@@ -44,11 +44,11 @@ class Process(NatsBroker):
         self.lost = 0
         self._news = asyncio.Event()
 
-    def take(self, publication: Publication) -> None:
+    def on_delivery(self, publication: Publication) -> None:
         self.delivered.append(publication)
         self._news.set()
 
-    def lose(self) -> None:
+    def on_lost(self) -> None:
         self.lost += 1
         self._news.set()
 
@@ -75,7 +75,7 @@ class Process(NatsBroker):
 @contextlib.asynccontextmanager
 async def running(url: str, **options: str | int) -> AsyncIterator[Process]:
     process = Process(url, **options)
-    await process.start(process.take, process.lose)
+    await process.start(process.on_delivery, process.on_lost)
     try:
         yield process
     finally:
@@ -297,7 +297,6 @@ async def test_what_can_not_be_read_is_counted_and_dropped(server: NatsServer) -
         await broker.subscribe("a")
         for data in garbage:
             await other.publish("garbage.c.a", data)
-        await other.flush()
         await other.publish("garbage.c.a", b"\x01" + msgspec.msgpack.encode(record), headers={"Nats-Sequence": "no"})
         assert await broker.until(1) == ["x"]
         assert broker.ignored == len(garbage)
@@ -318,6 +317,8 @@ async def test_a_history_with_garbage_starts_again(server: NatsServer) -> None:
         await broker.remember("name", "x")
         await other.request("rubbish.v.name", b"\x01\xff", timeout=5)
         assert await broker.recall("name") is None
+        await other.request("rubbish.v.name", b"garbage", timeout=5)
+        assert await broker.take("name") is None
         await broker.enter("a", "c1", "ann", "x", expiry=60)
         await other.request("rubbish.p.a.x", b"garbage", timeout=5)
         assert await broker.members("a") == {"c1": "x"}
@@ -396,7 +397,7 @@ async def test_what_the_server_refuses_is_told(server: NatsServer, monkeypatch: 
             await msg.respond(b"garbage")
 
         await other.subscribe("garbage", cb=answer)
-        await other.flush()
+        await other.request("garbage", timeout=5)  # goes behind the subscription, which nats-py's flush does not
         with pytest.raises(BrokerError, match="an answer that can't be read"):
             await link._request("garbage", b"")
         monkeypatch.setattr(link_module, "_MAX_UNSENT", -1)
@@ -541,7 +542,9 @@ async def test_only_so_many_channels_are_remembered(server: NatsServer, monkeypa
                 position = await broker.publish(channel, encode("x"), retention=KEPT)
                 assert position is not None
                 assert position.offset == offset
-        assert len(broker._heads._heads) == len(broker._tidying._expiring) == 2
+            await broker.remember(str(offset), "x", ttl=60)
+            await broker.remember(str(-offset), "x", ttl=60)
+        assert len(broker._heads._heads) == len(broker._tidying._expiring) == len(broker._tidying._words) == 2
 
 
 async def test_a_stream_that_was_deleted_is_a_new_epoch(server: NatsServer) -> None:
@@ -653,6 +656,26 @@ async def test_presence_that_can_not_be_written_is_told(server: NatsServer, monk
         with pytest.raises(BrokerError, match="presence could not be changed"):
             await broker.refresh("a", {"c2": ("bob", "x")}, expiry=60)
         assert await broker.refresh("a", {}, expiry=60) == [], "nobody is told what may not have happened"
+
+
+async def test_what_was_remembered_for_a_time_or_taken_is_deleted(server: NatsServer) -> None:
+    async with running(server.url, prefix="words") as broker, bus(server) as other:
+        await broker.remember("for ever", "1")
+        await broker.remember("a moment", "2", ttl=0.01)
+        await broker.remember("taken", "3", ttl=60)
+        assert await broker.take("taken") == "3"
+        async with asyncio.timeout(TIMEOUT):
+            while (await other.jetstream().stream_info("words_values")).state.messages > 1:
+                await asyncio.sleep(0.05)
+        assert await broker.recall("for ever") == "1"
+
+
+async def test_what_can_not_be_taken_in_time_is_told(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(server.url, prefix="taken") as broker:
+        await broker.remember("name", "x")
+        monkeypatch.setattr(module, "TIMEOUT", 0)
+        with pytest.raises(BrokerError, match="could not be taken within 0 seconds"):
+            await broker.take("name")
 
 
 # Order
