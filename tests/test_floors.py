@@ -23,7 +23,7 @@ FLOORS = [
     {"__main__"},
 ]
 INSIDE = {
-    "brokers": [{"base"}, {"memory", "redis_servers"}, {"redis_links"}, {"redis"}, {"__init__"}],
+    "brokers": [{"base"}, {"memory", "nats_link", "redis_servers"}, {"redis_links"}, {"nats", "redis"}, {"__init__"}],
     "protocols": [{"base"}, {"bytes", "json", "positions", "text"}, {"choice"}, {"__init__"}],
     "endpoints": [{"function"}, {"__init__"}],
 }

@@ -16,9 +16,11 @@ def broker_for(url: str) -> Broker:
         return MemoryBroker()
     if scheme in _REDIS and found:
         return _redis(url)
+    if scheme in ("nats", "tls") and found:
+        return _nats(url)
     raise ValueError(
-        f"no broker is known for {scheme + found!r}; known are 'memory://' and 'redis://', which has '+sentinel', "
-        "'+cluster' and 'rediss', too"
+        f"no broker is known for {scheme + found!r}; known are 'memory://', 'redis://', which has '+sentinel', "
+        "'+cluster' and 'rediss', too, and 'nats://' and 'tls://'"
     )
 
 
@@ -28,3 +30,11 @@ def _redis(url: str) -> Broker:
     except ModuleNotFoundError as error:
         raise ImportError("redis:// needs redis-py:\npip install 'asgi-ws-hub[redis]'") from error
     return RedisBroker(url)
+
+
+def _nats(url: str) -> Broker:
+    try:
+        from asgi_ws.brokers.nats import NatsBroker
+    except ModuleNotFoundError as error:
+        raise ImportError("nats:// needs nats-py:\npip install 'asgi-ws-hub[nats]'") from error
+    return NatsBroker(url)

@@ -19,6 +19,7 @@ from asgi_ws.exceptions import BrokerError
 from asgi_ws.messages import Position, Publication, Retention
 from asgi_ws.payloads import Payload, encode
 from tests.services import redis_cluster, redis_server
+from tests.services_nats import nats_server
 
 pytestmark = pytest.mark.anyio
 
@@ -47,6 +48,12 @@ def serve_redis_cluster() -> Iterator[str]:
         yield cluster.url
 
 
+@contextlib.contextmanager
+def serve_nats() -> Iterator[str]:
+    with nats_server() as server:
+        yield server.url
+
+
 KINDS = {
     "memory": Kind(
         {"single", "history", "presence"},
@@ -55,6 +62,7 @@ KINDS = {
     ),
     "redis": Kind({"processes", "history", "presence"}, serve_redis),
     "redis-cluster": Kind({"processes", "history", "presence"}, serve_redis_cluster),
+    "nats": Kind({"processes", "history", "presence"}, serve_nats),
 }
 
 
