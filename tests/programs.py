@@ -8,7 +8,8 @@ import pytest
 
 
 def program(name: str, *, reason: str = "") -> str:
-    """The path of an executable, or a skip. In ASGI_WS_REQUIRE the name is that of the executable."""
+    """The path of an executable, or a skip. In ASGI_WS_REQUIRE the name is that of the executable, or
+    `redis` and `nats` for their servers."""
     found = shutil.which(name)
     if found is None:
         missing(name, reason or f"{name} is not installed")
@@ -18,6 +19,7 @@ def program(name: str, *, reason: str = "") -> str:
 
 def missing(name: str, reason: str) -> None:
     """Skip the test, or fail where the program has to be there."""
-    if name in os.environ.get("ASGI_WS_REQUIRE", "").split(","):
+    required = os.environ.get("ASGI_WS_REQUIRE", "").split(",")
+    if name in required or name.removesuffix("-server") in required:
         pytest.fail(f"{reason}, and ASGI_WS_REQUIRE names {name}")
     pytest.skip(reason)

@@ -33,7 +33,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from asgi_ws.brokers.base import Deliver, HistoryBroker, PresenceBroker
-from asgi_ws.brokers.nats_link import TIMEOUT, Address, Conflict, Link, Stored, token
+from asgi_ws.brokers.nats_link import TIMEOUT, Address, Conflict, Link, NoJetStream, Stored, token
 from asgi_ws.exceptions import BrokerError
 from asgi_ws.messages import History, Position, Publication, Retention
 from asgi_ws.payloads import Payload
@@ -468,7 +468,11 @@ class NatsBroker(HistoryBroker, PresenceBroker):
             self._tidying.remembered(name, sequence, ttl)
 
     async def recall(self, name: str) -> str | None:
-        value, _ = await self._word(self._current_link(), name)
+        try:
+            value, _ = await self._word(self._current_link(), name)
+        except NoJetStream:
+            # Nobody can have remembered anything.
+            return None
         return value
 
     async def take(self, name: str) -> str | None:

@@ -24,7 +24,7 @@ from nats.aio.subscription import Subscription
 
 from asgi_ws.exceptions import BrokerError
 
-__all__ = ["Address", "Conflict", "Link", "Stored", "token"]
+__all__ = ["Address", "Conflict", "Link", "NoJetStream", "Stored", "token"]
 
 TIMEOUT = 5.0
 """How long an answer of the server is waited for, in seconds."""
@@ -83,6 +83,10 @@ class Conflict(Exception):
 
 class _NoStream(Exception):
     """No stream takes this subject."""
+
+
+class NoJetStream(BrokerError):
+    """The server has no JetStream."""
 
 
 class _Refused(BrokerError):
@@ -521,8 +525,8 @@ def _too_late() -> BrokerError:
     return BrokerError(f"the NATS server gave no answer within {TIMEOUT:g} seconds")
 
 
-def _no_jetstream() -> BrokerError:
-    return BrokerError(
+def _no_jetstream() -> NoJetStream:
+    return NoJetStream(
         "history and presence need JetStream, which isn't enabled on this NATS server: start it with -js, or with a "
         "jetstream block in its configuration"
     )

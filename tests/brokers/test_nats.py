@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from asgi_ws import Hub
 from asgi_ws.brokers import broker_for
 from asgi_ws.brokers import nats as module
 from asgi_ws.brokers import nats_link as link_module
@@ -240,10 +241,23 @@ async def test_jetstream_is_asked_for_by_those_who_need_it() -> None:
                 lambda: broker.publish("a", encode("x"), retention=KEPT),
                 lambda: broker.history("a", since=None, limit=None),
                 lambda: broker.members("a"),
-                lambda: broker.recall("a"),
+                lambda: broker.remember("a", "x"),
             ):
                 with pytest.raises(BrokerError, match="JetStream, which isn't enabled on this NATS server"):
                     await attempt()
+            assert await broker.recall("a") is None
+
+
+async def test_a_hub_that_keeps_nothing_needs_no_jetstream() -> None:
+    with nats_server(jetstream=False) as server:
+        async with Hub(server.url) as hub, hub.subscribe("a") as publications:
+            await hub.publish("a", {"x": 1})
+            assert (await anext(publications)).data == {"x": 1}
+        hub = Hub(server.url)
+        hub.channel("b", history=10)
+        with pytest.raises(BrokerError, match="JetStream"):
+            async with hub:
+                raise AssertionError
 
 
 async def test_more_replicas_than_servers_are_refused(server: NatsServer) -> None:

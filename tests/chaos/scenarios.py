@@ -14,6 +14,7 @@ from tests.chaos.ledger import Ledger
 from tests.chaos.load import Load, chaos_hub, follow, follow_socket, run_load, workers
 from tests.chaos.proxy import proxy
 from tests.services import RedisServer, redis_sentinel, redis_server
+from tests.services_nats import NatsServer, nats_server
 
 __all__ = ["SCENARIOS", "Outcome", "Scale"]
 
@@ -72,36 +73,42 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(len(values) * share), len(values) - 1)]
 
 
-async def redis_killed(scale: Scale, **options: str) -> Outcome:
+async def _killed(scale: Scale, server: RedisServer | NatsServer) -> Outcome:
     """kill -9 and restart."""
     firsts: list[float] = []
 
-    with redis_server(**options) as server:
-
-        async def fault(ledger: Ledger) -> None:
-            for _ in range(scale.times):
-                await asyncio.sleep(scale.pause)
-                server.kill()
-                await asyncio.sleep(0.5)
-                await asyncio.to_thread(server.start)
-                firsts.append(time.monotonic())
+    async def fault(ledger: Ledger) -> None:
+        for _ in range(scale.times):
             await asyncio.sleep(scale.pause)
+            server.kill()
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(server.start)
+            firsts.append(time.monotonic())
+        await asyncio.sleep(scale.pause)
 
-        ledger = await _two_nodes(scale, (server.url, server.url), fault)
+    ledger = await _two_nodes(scale, (server.url, server.url), fault)
     waits = [wait for moment in firsts for wait in ledger.latencies_after(moment)]
     return Outcome(ledger, figures={"first delivery p99 (s)": round(_percentile(waits, 0.99), 2)})
 
 
 async def redis_killed_with_its_memory(scale: Scale) -> Outcome:
     """kill -9 and restart without anything on disk: nobody can have all, and everybody is told."""
-    outcome = await redis_killed(scale)
+    with redis_server() as server:
+        outcome = await _killed(scale, server)
     outcome.may_be_told = True
     return outcome
 
 
 async def redis_killed_durable(scale: Scale) -> Outcome:
     """kill -9 and restart with an append-only file that is synced always: nothing is lost, and nobody is told."""
-    return await redis_killed(scale, appendonly="yes", appendfsync="always")
+    with redis_server(appendonly="yes", appendfsync="always") as server:
+        return await _killed(scale, server)
+
+
+async def nats_killed(scale: Scale) -> Outcome:
+    """kill -9 and restart of NATS, whose streams are on disk."""
+    with nats_server() as server:
+        return await _killed(scale, server)
 
 
 async def redis_hangs(scale: Scale) -> Outcome:
@@ -292,5 +299,6 @@ SCENARIOS: dict[str, Callable[[Scale], Awaitable[Outcome]]] = {
         sentinel_fails_over,
         clients_cut,
         worker_killed,
+        nats_killed,
     )
 }
