@@ -1,7 +1,6 @@
 """One client: what it sends, what it is sent, which channels it listens to, and how all that ends."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -11,7 +10,7 @@ from typing import Any, Generic, cast
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
-from starlette.types import Message, Scope
+from starlette.types import Scope
 from typing_extensions import TypeVar
 
 from asgi_ws._types import Handler
@@ -27,12 +26,14 @@ from asgi_ws.exceptions import (
 )
 from asgi_ws.frames import Frame, may_be_sent, size_of
 from asgi_ws.inbox import Inbox, Rate
-from asgi_ws.links import Link, ReceivingLink
+from asgi_ws.links import Link, ReceivingLink, closed_by
 from asgi_ws.messages import Position, Publication, Recovery
+from asgi_ws.origins import user_id
 from asgi_ws.outbox import Outbox
 from asgi_ws.payloads import to_json
 from asgi_ws.presence import Member, events_of
 from asgi_ws.protocols import Protocol
+from asgi_ws.transports import HttpSession
 from asgi_ws.uvicorn import find_link
 
 __all__ = ["Connection", "OnConnect", "OnInvalid"]
@@ -73,10 +74,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         super().__init__(scope)
         self.id = secrets.token_urlsafe(12)
         """Tells this connection from all others, in every process."""
-        self.transport = "websocket"
-        """The way by which the client came."""
         self.subprotocol: str | None = None
         """The subprotocol that both sides have agreed on."""
+        self._session: HttpSession | None = scope.get("asgi_ws.session")
         self._exchange = exchange
         self._context = context
         self._protocol = protocol
@@ -101,6 +101,12 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         self._expired = False
 
     @property
+    def transport(self) -> str:
+        """The way by which the client comes at the moment: `"websocket"`, for an Engine.IO client that or `"polling"`,
+        or `"sse"`."""
+        return "websocket" if self._session is None else self._session.transport
+
+    @property
     def channels(self) -> frozenset[str]:
         """The channels that this connection is subscribed to."""
         return frozenset(self._channels)
@@ -118,7 +124,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     def user_id(self) -> str | None:
         """By what the user is known to `hub.disconnect` and to presence: a string, a number, or the `identity`, `id` or
         `display_name` of an object; `None` for nobody."""
-        return _user_id(self.scope.get("user"))
+        return user_id(self.scope)
 
     @property
     def dropped(self) -> int:
@@ -148,7 +154,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             subprotocol = self._choose_subprotocol()
         message = await self._exchange.receive()
         if message["type"] != "websocket.connect":
-            self._closed = _closed_by(message)
+            self._closed = closed_by(message)
             raise self._closed.again()
         try:
             await self._exchange.send({"type": "websocket.accept", "subprotocol": subprotocol, "headers": raw_headers})
@@ -156,6 +162,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             self._closed = ConnectionClosed(1006, clean=False)
             raise self._closed.again() from error
         self.subprotocol = subprotocol
+        if self._session is not None:
+            self._protocol = self._session.adapt(self._protocol)
         limits = self._context.limits
         self._link = find_link(self._exchange.send, self.scope.get("extensions"))
         self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
@@ -219,7 +227,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         Raises `ConnectionClosed`, and `TypeError` for data that can't be encoded.
         """
         outbox = self._opened(self._outbox)
-        await outbox.put(Frame(self._protocol.encode(data)))
+        encoded = self._protocol.encode(data)
+        await outbox.put(encoded if isinstance(encoded, Frame) else Frame(encoded))
 
     def push(self, publication: Publication) -> None:
         """Take a publication for this client. Called by the hub; never waits, never raises."""
@@ -247,9 +256,11 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """
         self._opened(self._outbox)
         check_name(channel)
-        since = since or self.scope.get("asgi_ws.since")
         if isinstance(since, str):
             since = Position.parse(since)
+        session = self._session
+        if since is None and session is not None:
+            since = session.take_since(channel)
         if channel in self._channels:
             return Recovery(False, None)
         rule, parameters = self._context.rules.find(channel)
@@ -286,12 +297,18 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if channel not in self._channels:
             # Meanwhile the connection was left, or the channel, and nobody could know of this subscription yet.
             await self._leave([channel])
+        elif session is not None and recovery.position is not None:
+            position_frame = session.begin(channel, recovery.position)
+            if position_frame is not None:
+                cast(Outbox, self._outbox).push(position_frame, channel)
         return recovery
 
     async def unsubscribe(self, channel: str) -> None:
         """The client gets nothing of the channel any more, from this call on."""
         if channel in self._channels:
             self._channels.discard(channel)
+            if self._session is not None:
+                self._session.end(channel)
             await self._leave([channel])
 
     async def _leave(self, channels: Iterable[str]) -> None:
@@ -504,7 +521,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             while self._closed is None:
                 message = await self._exchange.receive()
                 if message["type"] != "websocket.receive":
-                    self.connection_lost(_closed_by(message))
+                    self.connection_lost(closed_by(message))
                     return
                 text = message.get("text")
                 self.message_received(bytes(message["bytes"]) if text is None else text)
@@ -552,28 +569,6 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 raise self._closed.again()
             raise RuntimeError("the connection isn't accepted yet; call `await conn.accept()` first")
         return part
-
-
-def _closed_by(message: Message) -> ConnectionClosed:
-    """How a connection ended, by the server's word. Without a close frame, uvicorn says 1005 and gives no reason."""
-    code, reason = int(message.get("code") or 1005), message.get("reason")
-    if code == 1006 or (code == 1005 and reason is None):
-        return ConnectionClosed(1006, "", clean=False)
-    return ConnectionClosed(code, reason or "")
-
-
-def _user_id(user: Any) -> str | None:
-    if user is None or isinstance(user, str):
-        return user or None
-    if isinstance(user, int):
-        return str(user)
-    if getattr(user, "is_authenticated", True) is False:
-        return None
-    for name in ("identity", "id", "display_name"):
-        # Starlette's own users have an identity that isn't implemented.
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            return _user_id(getattr(user, name))
-    return None
 
 
 def _cut(reason: str) -> str:

@@ -7,6 +7,7 @@ that one compressed frame serves every client, and no connection keeps a compres
 import codecs
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Final, NamedTuple, cast
 
 __all__ = [
@@ -46,54 +47,51 @@ _LEVEL = 5
 class Frame:
     """One message for a client: its payload, and the bytes that go over the wire, built when first asked for.
 
-    One frame is shared by every connection that gets the same message.
+    `attachments` are messages that belong to it: they follow directly, and nothing comes between. One frame is shared
+    by every connection that gets the same message.
     """
 
-    __slots__ = ("_compressed", "_size", "_wire", "payload")
+    __slots__ = ("_compressed", "_size", "_wire", "attachments", "payload")
 
-    def __init__(self, payload: str | bytes) -> None:
+    def __init__(self, payload: str | bytes, attachments: Sequence[str | bytes] = ()) -> None:
         self.payload = payload
+        self.attachments = attachments
         self._wire: bytes | None = None
         self._compressed: bytes | None = None
         self._size: int | None = None
 
     @property
     def size(self) -> int:
-        """The payload's length in bytes."""
+        """The payload's length in bytes, with those of the attachments."""
         if self._size is None:
             self._size = size_of(self.payload)
+            if self.attachments:
+                self._size += sum(map(size_of, self.attachments))
         return self._size
+
+    @property
+    def payloads(self) -> Sequence[str | bytes]:
+        """The payload and the attachments, each of which is a message of its own."""
+        return (self.payload, *self.attachments)
 
     @property
     def wire(self) -> bytes:
         """The frame's bytes: unmasked, in one fragment, not compressed (RFC 6455 section 5.2)."""
         if self._wire is None:
-            payload = self.payload
-            if isinstance(payload, str):
-                self._wire = _build(_FIN | TEXT, payload.encode())
-            else:
-                self._wire = _build(_FIN | BINARY, payload)
+            wire = _build_plain(self.payload)
+            self._wire = wire + b"".join(map(_build_plain, self.attachments)) if self.attachments else wire
         return self._wire
 
     @property
     def compressed(self) -> bytes:
-        """The same for clients that take compression (RFC 7692 section 7.2.1), where it makes the frame smaller."""
+        """The same for clients that take compression (RFC 7692 section 7.2.1), where it makes a frame smaller."""
         if self._compressed is None:
             self._compressed = self.wire
             if self.size >= _COMPRESS_FROM:
-                compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, -_WINDOW_BITS)
-                data = compressor.compress(self._data) + compressor.flush(zlib.Z_SYNC_FLUSH)
-                if len(data) < self.size:
-                    self._compressed = _build(_FIN | _RSV1 | self._opcode, data.removesuffix(_TAIL))
+                compressed = b"".join(map(_build_compressed, self.payloads))
+                if len(compressed) < len(self.wire):
+                    self._compressed = compressed
         return self._compressed
-
-    @property
-    def _opcode(self) -> int:
-        return TEXT if isinstance(self.payload, str) else BINARY
-
-    @property
-    def _data(self) -> bytes:
-        return self.payload.encode() if isinstance(self.payload, str) else self.payload
 
 
 def size_of(payload: str | bytes) -> int:
@@ -111,6 +109,22 @@ def control_frame(opcode: int, payload: bytes = b"") -> bytes:
 def may_be_sent(code: int) -> bool:
     """Whether a close frame can have this code: RFC 6455 section 7.4, and what IANA has registered since."""
     return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def _build_plain(payload: str | bytes) -> bytes:
+    if isinstance(payload, str):
+        return _build(_FIN | TEXT, payload.encode())
+    return _build(_FIN | BINARY, payload)
+
+
+def _build_compressed(payload: str | bytes) -> bytes:
+    opcode, data = (TEXT, payload.encode()) if isinstance(payload, str) else (BINARY, payload)
+    if len(data) >= _COMPRESS_FROM:
+        compressor = zlib.compressobj(_LEVEL, zlib.DEFLATED, -_WINDOW_BITS)
+        compressed = compressor.compress(data) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        if len(compressed) < len(data):
+            return _build(_FIN | _RSV1 | opcode, compressed.removesuffix(_TAIL))
+    return _build(_FIN | opcode, data)
 
 
 def _build(first: int, payload: bytes) -> bytes:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from starlette.types import Message, Send
 
 from asgi_ws.exceptions import ConnectionClosed
-from asgi_ws.frames import Frame
+from asgi_ws.frames import Frame, size_of
 
-__all__ = ["AsgiLink", "Link", "Receiver", "ReceivingLink"]
+__all__ = ["AsgiLink", "Link", "Receiver", "ReceivingLink", "closed_by"]
 
 logger = logging.getLogger("asgi_ws")
 
@@ -32,8 +32,11 @@ class Link(typing.Protocol):
 
     on_ready: Callable[[], None]
     """Called after a `write` that said `False`, as soon as the client has taken most of what waited."""
-    written: int
-    """How many bytes `write` was given."""
+
+    @property
+    def written(self) -> int:
+        """How many bytes `write` was given."""
+        ...
 
     def write(self, frame: Frame) -> bool:
         """Send a frame. `True`: more may come; `False`: the client is behind, wait for `on_ready`."""
@@ -105,8 +108,11 @@ class AsgiLink:
         if self._ended:
             return True
         self.written += frame.size
-        key = "text" if isinstance(frame.payload, str) else "bytes"
-        self._push({"type": "websocket.send", key: frame.payload}, frame.size)
+        if frame.attachments:
+            for payload in frame.payloads:
+                self._push(_message(payload), size_of(payload))
+        else:
+            self._push(_message(frame.payload), frame.size)
         # Until `on_ready`: what was behind at the upper mark stays so down to the lower one.
         self._behind = self._behind or self._buffered >= _HIGH_WATER
         return not self._behind
@@ -158,3 +164,15 @@ class AsgiLink:
         if self._waiting is not None:
             self._waiting.clear()
         self._buffered = 0
+
+
+def _message(payload: str | bytes) -> Message:
+    return {"type": "websocket.send", "text" if isinstance(payload, str) else "bytes": payload}
+
+
+def closed_by(message: Message) -> ConnectionClosed:
+    """How a connection ended, by the server's word. Without a close frame, uvicorn says 1005 and gives no reason."""
+    code, reason = int(message.get("code") or 1005), message.get("reason")
+    if code == 1006 or (code == 1005 and reason is None):
+        return ConnectionClosed(1006, "", clean=False)
+    return ConnectionClosed(code, reason or "")

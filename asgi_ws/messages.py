@@ -46,12 +46,12 @@ class Retention:
 
 
 class Encoder(typing.Protocol):
-    """What makes a frame's payload of a publication. Two with the same `format` make the same."""
+    """What makes a frame, or its payload, of a publication. Two with the same `format` make the same."""
 
     @property
     def format(self) -> str: ...
 
-    def encode_publication(self, publication: "Publication") -> str | bytes: ...
+    def encode_publication(self, publication: "Publication") -> str | bytes | Frame: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ class Publication:
         """The frame for a client, built by the first that asks and shared by all of the same format."""
         frame = self._frames.get(encoder.format)
         if frame is None:
-            frame = self._frames[encoder.format] = Frame(encoder.encode_publication(self))
+            encoded = encoder.encode_publication(self)
+            frame = encoded if isinstance(encoded, Frame) else Frame(encoded)
+            self._frames[encoder.format] = frame
         return frame
 
 

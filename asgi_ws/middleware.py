@@ -16,10 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_ws.context import Exchange
 from asgi_ws.endpoints import current_app
 from asgi_ws.hub import Hub
+from asgi_ws.transports import EngineTransport, EventTransport, answer_preflight, is_preflight, wants_events
 
 __all__ = ["WebSocketMiddleware"]
 
 logger = logging.getLogger("asgi_ws")
+
+_PING_INTERVAL, _PING_TIMEOUT = 25.0, 20.0
+"""An Engine.IO client can't do without pings, also where the limits say that none are to be sent."""
 
 
 class WebSocketMiddleware:
@@ -38,6 +42,20 @@ class WebSocketMiddleware:
         self.hub = hub
         self._segments: set[str] = set()
         self._indexed = 0
+        limits = hub.context.limits
+        self.engine = EngineTransport(
+            self._websocket,
+            origins=hub.context.origins,
+            # The largest message as base64, and its type.
+            max_payload=None if limits.message_size is None else (limits.message_size + 2) // 3 * 4 + 1,
+            ping_interval=limits.ping_interval or _PING_INTERVAL,
+            ping_timeout=limits.ping_timeout or _PING_TIMEOUT,
+        )
+        """What serves the endpoints to Engine.IO clients."""
+        self.events = EventTransport(
+            self._websocket, origins=hub.context.origins, ping_interval=limits.ping_interval or _PING_INTERVAL
+        )
+        """What serves them to clients that read server-sent events."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -45,7 +63,10 @@ class WebSocketMiddleware:
             return
         if not self.hub.running:
             await self.hub.__aenter__()
-        if scope["type"] == "websocket":
+        engine_scope = self._for_engine(scope)
+        if engine_scope is not None:
+            await self.engine(engine_scope, receive, send)
+        elif scope["type"] == "websocket":
             await self._websocket(scope, receive, send)
         elif self._may_serve(scope):
             await self._http(scope, receive, send)
@@ -101,6 +122,9 @@ class WebSocketMiddleware:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application answers first: it may have a page at an endpoint's path."""
         handshake = {**scope, "type": "websocket"}
+        if wants_events(scope) and self._is_endpoint(dict(handshake), scope.get("app", self.app)):
+            await self.events(scope, receive, send)
+            return
         replaced = False
 
         async def answer(message: Message) -> None:
@@ -108,7 +132,10 @@ class WebSocketMiddleware:
             nothing_here = message["type"] == "http.response.start" and _has_no_page(scope, message["status"])
             if nothing_here and self._is_endpoint(handshake, scope.get("app", self.app)):
                 replaced = True
-                await _upgrade_required(scope)(scope, receive, send)
+                if is_preflight(scope):
+                    await answer_preflight(scope, send, self.hub.context.origins, b"GET")
+                else:
+                    await _upgrade_required(scope)(scope, receive, send)
             elif not replaced:
                 await send(message)
 
@@ -119,6 +146,19 @@ class WebSocketMiddleware:
             return True
         return self.hub.has_endpoints_elsewhere and _has_websocket(getattr(application, "routes", ()), handshake)
 
+    # Engine.IO
+
+    def _for_engine(self, scope: Scope) -> Scope | None:
+        """The request of an Engine.IO client, at the path of the endpoint that it is for; its clients like to have a
+        slash at the end."""
+        if b"EIO=" not in scope.get("query_string", b""):
+            return None
+        for slash in ("", "/"):
+            request = {**scope, "path": scope["path"].removesuffix(slash)}
+            if self._is_endpoint({**request, "type": "websocket"}, scope.get("app", self.app)):
+                return request
+        return None
+
     # Start and stop
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,6 +167,8 @@ class WebSocketMiddleware:
             unheard = [await receive()]
             try:
                 await stack.enter_async_context(self.hub)
+                stack.push_async_callback(self.engine.aclose)
+                stack.callback(self.events.stop)
             except Exception as error:
                 await send({"type": "lifespan.startup.failed", "message": f"asgi_ws: {error}"})
                 return

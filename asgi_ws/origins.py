@@ -4,13 +4,14 @@ A browser sends cookies with a cross-site WebSocket handshake and asks nobody; s
 checked here, by parsed values and never by prefixes. A request without one doesn't come from a page.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.types import Scope
 
-__all__ = ["Origin", "OriginPolicy", "parse_origin"]
+__all__ = ["Origin", "OriginPolicy", "parse_origin", "user_id"]
 
 Origin = tuple[str, str, int]
 """Scheme, host, port."""
@@ -42,10 +43,11 @@ class OriginPolicy:
     """
 
     def __init__(self, allowed: Iterable[str] | Literal["*"] | None = None) -> None:
-        self._any = allowed == "*"
+        self.any = allowed == "*"
+        """Whether pages of any origin may connect."""
         self._origins: set[Origin] | None = None
         if isinstance(allowed, str):
-            if not self._any:
+            if not self.any:
                 raise ValueError(f'allowed_origins={allowed!r}: give a list of origins, or "*"')
         elif allowed is not None:
             self._origins = {self._checked(origin) for origin in allowed}
@@ -69,7 +71,7 @@ class OriginPolicy:
             return False
         if self._origins is not None:
             return origin in self._origins
-        return self._any or origin == _own_origin(scope)
+        return self.any or origin == _own_origin(scope)
 
 
 def _own_origin(scope: Scope) -> Origin | None:
@@ -77,3 +79,23 @@ def _own_origin(scope: Scope) -> Origin | None:
     if len(hosts) != 1:
         return None
     return _parse(_SCHEMES.get(scope.get("scheme", "ws"), ""), hosts[0].decode("latin-1"))
+
+
+def user_id(scope: Scope) -> str | None:
+    """Who a middleware says that the user is: a string, a number, or the `identity`, `id` or `display_name` of an
+    object; `None` for nobody."""
+    return _user_id(scope.get("user"))
+
+
+def _user_id(user: Any) -> str | None:
+    if user is None or isinstance(user, str):
+        return user or None
+    if isinstance(user, int):
+        return str(user)
+    if getattr(user, "is_authenticated", True) is False:
+        return None
+    for name in ("identity", "id", "display_name"):
+        # Starlette's own users have an identity that isn't implemented.
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            return _user_id(getattr(user, name))
+    return None

@@ -26,7 +26,7 @@ from asgi_ws.exceptions import ConnectionClosed
 from asgi_ws.frames import BINARY, CLOSE, PING, PONG, TEXT, Frame, Parser, control_frame, may_be_sent
 from asgi_ws.links import AsgiLink, Link, Receiver
 
-__all__ = ["WebSocketProtocol", "find_link", "worker_count"]
+__all__ = ["WebSocketProtocol", "cut_off", "find_link", "is_stopping", "worker_count"]
 
 logger = logging.getLogger("asgi_ws")
 server_logger = logging.getLogger("uvicorn.error")
@@ -35,6 +35,7 @@ _STOCK_PROTOCOLS = {
     ("uvicorn.protocols.websockets.websockets_sansio_impl", "WebSocketsSansIOProtocol"),
     ("uvicorn.protocols.websockets.wsproto_impl", "WSProtocol"),
 }
+_STOCK_HTTP = {"uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl"}
 _EXTENSION = "asgi_ws.link"
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _FLUSH_FROM = 64 * 1024
@@ -782,10 +783,26 @@ def find_link(send: Send, extensions: Mapping[str, Any] | None = None) -> Link:
     return AsgiLink(send)
 
 
+def cut_off(send: Send) -> None:
+    """End the transport of a request of which the client doesn't take the answer, where the server lets us."""
+    cycle = getattr(send, "__self__", None)
+    if type(cycle).__module__ in _STOCK_HTTP:
+        abort: Callable[[], None] = getattr(getattr(cycle, "transport", None), "abort", _nothing)
+        abort()
+
+
 def worker_count() -> int:
     """How many worker processes the uvicorn server that runs here belongs to; 1 where no such server runs."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if type(server).__module__ != "uvicorn.server":
-        return 1
-    workers = getattr(getattr(server, "config", None), "workers", None)
+    workers = getattr(getattr(_running_server(), "config", None), "workers", None)
     return workers if isinstance(workers, int) else 1
+
+
+def is_stopping() -> bool:
+    """Whether the uvicorn server that runs here has been told to stop."""
+    return bool(getattr(_running_server(), "should_exit", False))
+
+
+def _running_server() -> Any:
+    """The server that a signal would stop; `None` where no such server runs."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return server if type(server).__module__ == "uvicorn.server" else None

@@ -11,7 +11,7 @@ FLOORS = [
     {"payloads", "links", "origins"},
     {"messages"},
     {"brokers", "channels", "protocols", "inbox", "outbox", "recovery", "uvicorn"},
-    {"pubsub"},
+    {"pubsub", "transports"},
     {"presence"},
     {"context"},
     {"connection"},
@@ -25,6 +25,14 @@ FLOORS = [
 INSIDE = {
     "brokers": [{"base"}, {"memory", "nats_link", "redis_servers"}, {"redis_links"}, {"nats", "redis"}, {"__init__"}],
     "protocols": [{"base"}, {"bytes", "json", "positions", "text"}, {"choice"}, {"__init__"}],
+    "transports": [
+        {"base", "packets"},
+        {"session", "sse"},
+        {"engine_link"},
+        {"engine_handshake"},
+        {"engineio"},
+        {"__init__"},
+    ],
     "endpoints": [{"function"}, {"__init__"}],
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -1,6 +1,7 @@
 import importlib.util
 import itertools
 import os
+import random
 import struct
 import sys
 import zlib
@@ -393,3 +394,21 @@ def test_masks_are_taken_off_without_compiled_code_too(without_speedups: ModuleT
             assert frames.apply_mask(data, key) == expected
     parsing = without_speedups.Parser(1000, 10, deflate=False)
     assert parsing.feed(sent(TEXT, b"hello")) == [Received(TEXT, "hello")]
+
+
+# Attachments
+
+
+def test_attachments_are_messages_directly_behind() -> None:
+    frame = Frame("head", [b"\x01", "tail"])
+    assert frame.payloads == ("head", b"\x01", "tail")
+    assert frame.size == 9
+    assert frame.wire == Frame("head").wire + Frame(b"\x01").wire + Frame("tail").wire
+    assert frame.compressed is frame.wire
+
+
+def test_each_of_several_messages_is_compressed_where_that_makes_it_smaller() -> None:
+    noise = random.Random(1).randbytes(300)
+    frame = Frame("x" * 300, [noise, b"short", b"y" * 300])
+    parts = [Frame("x" * 300).compressed, Frame(noise).wire, Frame(b"short").wire, Frame(b"y" * 300).compressed]
+    assert frame.compressed == b"".join(parts)

@@ -209,6 +209,17 @@ async def test_payloads_of_every_size_arrive_whole(opened: Open, fill: str | byt
         assert await received == payloads
 
 
+async def test_attachments_follow_their_message_directly(opened: Open) -> None:
+    frame = Frame("head", [b"\x01\x02", "tail"])
+    async with opened() as at:
+        for number in range(20):
+            at.link.write(Frame(str(number)))
+            at.link.write(frame)
+        for number in range(20):
+            assert await take(at.client, 4) == [str(number), "head", b"\x01\x02", "tail"]
+        await until(lambda: at.link.buffered == 0)
+
+
 async def test_one_frame_goes_to_several_links(opened: Open) -> None:
     frame = Frame("shared")
     async with opened() as ann, opened() as bob:

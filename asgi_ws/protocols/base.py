@@ -3,6 +3,7 @@
 import abc
 from typing import Any, ClassVar, Generic, TypeVar
 
+from asgi_ws.frames import Frame
 from asgi_ws.messages import Publication, Recovery
 
 __all__ = ["Protocol"]
@@ -22,14 +23,15 @@ class Protocol(abc.ABC, Generic[T_co]):
         nothing else."""
 
     @abc.abstractmethod
-    def encode(self, message: Any) -> str | bytes:
-        """What is sent to the client. Raises `TypeError` for what can't be sent."""
+    def encode(self, message: Any) -> str | bytes | Frame:
+        """What is sent to the client; a `Frame` where that is more than one payload. Raises `TypeError` for what
+        can't be sent."""
 
     @abc.abstractmethod
-    def encode_publication(self, publication: Publication) -> str | bytes:
+    def encode_publication(self, publication: Publication) -> str | bytes | Frame:
         """The same for what was published, already encoded."""
 
-    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | None:
+    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | Frame | None:
         """What the client is told of how a subscription began, before anything is sent that was published; `None` for
         nothing."""
         return None

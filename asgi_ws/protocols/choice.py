@@ -3,6 +3,7 @@
 import typing
 from typing import Any
 
+from asgi_ws.frames import Frame
 from asgi_ws.messages import Publication, Recovery
 from asgi_ws.protocols.base import Protocol
 from asgi_ws.protocols.bytes import BytesProtocol
@@ -27,13 +28,13 @@ class MixedProtocol(Protocol[Any]):
     def decode(self, payload: str | bytes) -> Any:
         return self._reads.decode(payload)
 
-    def encode(self, message: Any) -> str | bytes:
+    def encode(self, message: Any) -> str | bytes | Frame:
         return self._writes.encode(message)
 
-    def encode_publication(self, publication: Publication) -> str | bytes:
+    def encode_publication(self, publication: Publication) -> str | bytes | Frame:
         return self._writes.encode_publication(publication)
 
-    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | None:
+    def encode_recovery(self, channel: str, recovery: Recovery) -> str | bytes | Frame | None:
         return self._writes.encode_recovery(channel, recovery)
 
 

@@ -26,11 +26,11 @@ def node(package: str) -> str:
     return path
 
 
-# The client
+# The clients
 
 
 class NodeClient:
-    """A connection of the `ws` package."""
+    """A connection of the `ws` package, or of engine.io-client."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -61,8 +61,22 @@ async def node_client(
 ) -> AsyncIterator[NodeClient]:
     """`new WebSocket(url, protocols, options)` of the `ws` package, in a process that ends with the block."""
     arguments = {"url": url, "protocols": list(protocols), "options": {"headers": dict(headers or {}), **options}}
+    async with _node_process("ws", "client.mjs", arguments) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def engine_client(url: str, path: str, *, again: bool = False, **options: Any) -> AsyncIterator[NodeClient]:
+    """`new Socket(url, {path, ...options})` of engine.io-client. With `again` it is opened anew when it was closed."""
+    arguments = {"url": url, "options": {"path": path, **options}, "again": again}
+    async with _node_process("engine.io-client", "engine.mjs", arguments) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def _node_process(package: str, script: str, arguments: Any) -> AsyncIterator[NodeClient]:
     process = await asyncio.create_subprocess_exec(
-        *(node("ws"), str(HERE / "client.mjs"), json.dumps(arguments)),
+        *(node(package), str(HERE / script), json.dumps(arguments)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         limit=16 * 1024 * 1024,
