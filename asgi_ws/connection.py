@@ -24,7 +24,7 @@ from asgi_ws.exceptions import (
     InvalidPosition,
     SubscriptionDenied,
 )
-from asgi_ws.frames import Frame, may_be_sent, size_of
+from asgi_ws.frames import frame_of, may_be_sent, size_of
 from asgi_ws.inbox import Inbox, Rate
 from asgi_ws.links import Link, ReceivingLink, closed_by
 from asgi_ws.messages import Position, Publication, Recovery
@@ -227,8 +227,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         Raises `ConnectionClosed`, and `TypeError` for data that can't be encoded.
         """
         outbox = self._opened(self._outbox)
-        encoded = self._protocol.encode(data)
-        await outbox.put(encoded if isinstance(encoded, Frame) else Frame(encoded))
+        await outbox.put(frame_of(self._protocol.encode(data)))
 
     def push(self, publication: Publication) -> None:
         """Take a publication for this client. Called by the hub; never waits, never raises."""
@@ -258,9 +257,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         check_name(channel)
         if isinstance(since, str):
             since = Position.parse(since)
-        session = self._session
-        if since is None and session is not None:
-            since = session.take_since(channel)
+        if since is None and self._session is not None:
+            since = self._session.take_since(channel)
         if channel in self._channels:
             return Recovery(False, None)
         rule, parameters = self._context.rules.find(channel)
@@ -285,7 +283,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             def begin(recovery: Recovery) -> None:
                 words = self._protocol.encode_recovery(channel, recovery)
                 if words is not None:
-                    cast(Outbox, self._outbox).push(Frame(words), None)
+                    cast(Outbox, self._outbox).push(frame_of(words), None)
 
             recovery = await pubsub.subscribe(channel, self, since=since, begin=begin)
             if present:
@@ -297,10 +295,6 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if channel not in self._channels:
             # Meanwhile the connection was left, or the channel, and nobody could know of this subscription yet.
             await self._leave([channel])
-        elif session is not None and recovery.position is not None:
-            position_frame = session.begin(channel, recovery.position)
-            if position_frame is not None:
-                cast(Outbox, self._outbox).push(position_frame, channel)
         return recovery
 
     async def unsubscribe(self, channel: str) -> None:

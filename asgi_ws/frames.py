@@ -21,6 +21,7 @@ __all__ = [
     "Received",
     "Violation",
     "control_frame",
+    "frame_of",
     "may_be_sent",
     "size_of",
 ]
@@ -92,6 +93,11 @@ class Frame:
                 if len(compressed) < len(self.wire):
                     self._compressed = compressed
         return self._compressed
+
+
+def frame_of(encoded: str | bytes | Frame) -> Frame:
+    """What a protocol has encoded, as a frame."""
+    return encoded if isinstance(encoded, Frame) else Frame(encoded)
 
 
 def size_of(payload: str | bytes) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from asgi_ws.exceptions import InvalidPosition
-from asgi_ws.frames import Frame
+from asgi_ws.frames import Frame, frame_of
 from asgi_ws.payloads import Payload
 
 __all__ = ["Encoder", "History", "Position", "Publication", "Recovery", "Retention"]
@@ -76,9 +76,7 @@ class Publication:
         """The frame for a client, built by the first that asks and shared by all of the same format."""
         frame = self._frames.get(encoder.format)
         if frame is None:
-            encoded = encoder.encode_publication(self)
-            frame = encoded if isinstance(encoded, Frame) else Frame(encoded)
-            self._frames[encoder.format] = frame
+            frame = self._frames[encoder.format] = frame_of(encoder.encode_publication(self))
         return frame
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from asgi_ws.frames import Frame
 from asgi_ws.links import Link
 from asgi_ws.messages import Position
 from asgi_ws.origins import OriginPolicy
@@ -211,10 +210,6 @@ class HttpSession(typing.Protocol):
 
     def take_since(self, channel: str) -> Position | None:
         """The position up to which the client has said that it has everything, once."""
-        ...
-
-    def begin(self, channel: str, position: Position) -> Frame | None:
-        """The client is subscribed from this position on: what it is told of that, if anything."""
         ...
 
     def end(self, channel: str) -> None:

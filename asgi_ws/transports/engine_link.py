@@ -10,7 +10,6 @@ from starlette.types import Message
 from asgi_ws.exceptions import ConnectionClosed, InvalidMessage
 from asgi_ws.frames import Frame
 from asgi_ws.links import Link, Receiver, ReceivingLink
-from asgi_ws.messages import Position
 from asgi_ws.protocols import Protocol
 from asgi_ws.transports.packets import (
     CLOSE,
@@ -125,9 +124,6 @@ class EngineLink:
         return PacketProtocol(protocol)
 
     def take_since(self, channel: str) -> None:
-        """Engine.IO has no positions."""
-
-    def begin(self, channel: str, position: Position) -> None:
         """Engine.IO has no positions."""
 
     def end(self, channel: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.frames import Frame
-from asgi_ws.messages import Publication
+from asgi_ws.messages import Publication, Recovery
 from asgi_ws.protocols import Protocol
 
 __all__ = [
@@ -149,6 +149,10 @@ class PacketProtocol(Protocol[Any]):
 
     def encode_publication(self, publication: Publication) -> PacketFrame:
         return _wrap(self._contents.encode_publication(publication))
+
+    def encode_recovery(self, channel: str, recovery: Recovery) -> PacketFrame | None:
+        words = self._contents.encode_recovery(channel, recovery)
+        return None if words is None else _wrap(words)
 
 
 def _wrap(encoded: str | bytes | Frame) -> PacketFrame:

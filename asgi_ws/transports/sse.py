@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from asgi_ws.exceptions import ConnectionClosed, InvalidPosition
 from asgi_ws.frames import Frame
 from asgi_ws.links import AsgiLink, Receiver
-from asgi_ws.messages import Position, Publication
+from asgi_ws.messages import Position, Publication, Recovery
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.protocols import Protocol
 from asgi_ws.transports.base import (
@@ -105,10 +105,6 @@ def format_since(seen: Mapping[str, Position]) -> str:
     )
 
 
-def _is_newer(seen: Position | None, position: Position) -> bool:
-    return seen is not None and seen.epoch == position.epoch and seen.offset >= position.offset
-
-
 class EventFrame(Frame):
     """A publication as an event, shared by all who listen; its id depends on what else one of them listens to."""
 
@@ -154,6 +150,15 @@ class EventProtocol(Protocol[Any]):
         channel, position = publication.channel, publication.position
         return payload if position is None else EventFrame(payload, channel, position)
 
+    def encode_recovery(self, channel: str, recovery: Recovery) -> bytes | Frame | None:
+        words = self._contents.encode_recovery(channel, recovery)
+        payload = b"" if words is None else _events(words)
+        if recovery.recovered or recovery.position is None:
+            # The client knows where it is, and what it has missed says more.
+            return payload or None
+        # From here on it misses nothing. An id alone is no event, but the client keeps it.
+        return EventFrame(payload or b"\n", channel, recovery.position)
+
 
 def _events(encoded: str | bytes | Frame) -> bytes:
     if isinstance(encoded, Frame):
@@ -187,19 +192,12 @@ class EventLink(AsgiLink):
     def take_since(self, channel: str) -> Position | None:
         return self._since.pop(channel, None)
 
-    def begin(self, channel: str, position: Position) -> Frame:
-        # An id alone is no event, but the client keeps it.
-        return EventFrame(b"\n", channel, position)
-
     def end(self, channel: str) -> None:
         self._seen.pop(channel, None)
 
     def write(self, frame: Frame) -> bool:
         if isinstance(frame, EventFrame):
             seen = self._seen
-            if frame.payload == b"\n" and _is_newer(seen.get(frame.channel), frame.position):
-                # What came since the client was subscribed was faster.
-                return not self._behind
             seen[frame.channel] = frame.position
             frame = frame.alone if len(seen) == 1 else frame.behind(seen)
         return super().write(frame)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.frames import Frame
-from asgi_ws.messages import Position, Publication
+from asgi_ws.messages import Position, Publication, Recovery
 from asgi_ws.payloads import encode
-from asgi_ws.protocols import JsonProtocol, PlainProtocol, Protocol
+from asgi_ws.protocols import JsonProtocol, PlainProtocol, PositionsProtocol, Protocol
 from asgi_ws.transports.packets import (
     MAX_PACKETS,
     MESSAGE,
@@ -148,6 +148,14 @@ def test_publication_is_wrapped_once_for_all() -> None:
 
 def test_what_the_contents_protocol_reads_is_the_content() -> None:
     assert PacketProtocol(JsonProtocol()).decode("[1]") == [1]
+
+
+def test_begin_of_a_subscription_is_wrapped_as_well() -> None:
+    recovery = Recovery(False, None)
+    assert PacketProtocol(JsonProtocol()).encode_recovery("news", recovery) is None
+    frame = PacketProtocol(PositionsProtocol()).encode_recovery("news", recovery)
+    assert frame is not None
+    assert str(frame.payload).startswith('4{"channel":"news","recovered":false')
 
 
 class Attaching(Protocol[Any]):

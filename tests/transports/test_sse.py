@@ -16,10 +16,10 @@ from starlette.websockets import WebSocket
 
 from asgi_ws import Connection, ConnectionClosed, Hub, InvalidPosition, Limits, Position, WebSocketMiddleware
 from asgi_ws.frames import Frame
-from asgi_ws.messages import Publication
+from asgi_ws.messages import Publication, Recovery
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.payloads import encode
-from asgi_ws.protocols import JsonProtocol, PlainProtocol, Protocol
+from asgi_ws.protocols import JsonProtocol, PlainProtocol, PositionsProtocol, Protocol
 from asgi_ws.testing import Response, connect, request, stream
 from asgi_ws.transports import EventTransport
 from asgi_ws.transports.sse import EventProtocol, close_event, event, format_since, parse_since
@@ -355,22 +355,25 @@ async def test_channel_that_was_left_is_not_in_the_id(site: Site) -> None:
         assert list(parse_since(source.parser.last_event_id)) == ["news:b"]
 
 
-async def test_positions_never_go_back(site: Site) -> None:
-    """What is published while a subscription is being confirmed is newer than what the confirmation says."""
-    async with events(site.app, "/news/tech?say=1") as source:
-        await source.data()
-        link = site.connections[0]._session
-        assert link is not None
-        await site.publish("tech", "1")
-        assert await source.data() == "1"
-        position = parse_since(source.parser.last_event_id)["news:tech"]
-        frame = link.begin("news:tech", Position(0, position.epoch))
-        assert frame is not None
-        assert site.connections[0]._outbox is not None
-        site.connections[0]._outbox.push(frame, "news:tech")
-        await site.publish("tech", "2")
-        assert await source.data() == "2"
-        assert parse_since(source.parser.last_event_id)["news:tech"].offset == 2
+@pytest.mark.parametrize(
+    ("recovery", "said"),
+    [
+        (Recovery(False, None), None),
+        (Recovery(True, Position(3, "e")), None),
+        (Recovery(False, Position(3, "e")), b"id: news=3:e\n\n"),
+    ],
+)
+def test_begin_of_a_subscription_is_said_by_its_id_alone(recovery: Recovery, said: bytes | None) -> None:
+    words: Any = EventProtocol(JsonProtocol()).encode_recovery("news", recovery)
+    assert (words and words.alone.payload) == said
+
+
+def test_begin_of_a_subscription_may_be_an_event() -> None:
+    protocol = EventProtocol(PositionsProtocol())
+    words: Any = protocol.encode_recovery("news", Recovery(False, Position(3, "e")))
+    assert words.alone.payload.startswith(b'id: news=3:e\ndata: {"channel":"news","recovered":false')
+    words = protocol.encode_recovery("news", Recovery(True, Position(3, "e")))
+    assert words.startswith(b'data: {"channel":"news","recovered":true')
 
 
 async def test_history_that_is_gone_is_said(site: Site) -> None:
