@@ -24,6 +24,7 @@ from asgi_ws.origins import OriginPolicy
 from asgi_ws.payloads import Payload, encode, json_decoder, to_json
 from asgi_ws.presence import Presence, events_of
 from asgi_ws.pubsub import PubSub, Subscriber
+from asgi_ws.transports import Relay
 
 __all__ = ["STOP_TIME", "Client", "Connections", "Context", "Exchange", "Order"]
 
@@ -197,6 +198,8 @@ class Context:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pubsub: PubSub | None = None
         self._presence: Presence | None = None
+        self.relay: Relay | None = None
+        """What carries requests to the process that has their session, where there are several processes."""
 
     @property
     def runs_here(self) -> bool:
@@ -234,9 +237,12 @@ class Context:
         try:
             if broker.spans_processes:
                 await pubsub.subscribe(_CONTROL, self)
+                self.relay = Relay(pubsub)
+                await self.relay.start()
             if isinstance(broker, HistoryBroker):
                 await self._share_rules(broker)
         except BaseException:
+            self.relay = None
             await pubsub.stop()
             raise
         self._presence = Presence(broker, pubsub) if isinstance(broker, PresenceBroker) else None
@@ -256,7 +262,7 @@ class Context:
 
     def forget(self) -> None:
         """Drop what can't be stopped any more."""
-        self._loop = self._pubsub = self._presence = None
+        self._loop = self._pubsub = self._presence = self.relay = None
         self.connections = Connections(self.limits)
         self.clients.clear()
 
@@ -265,6 +271,9 @@ class Context:
         pubsub, self._pubsub = self.pubsub, None
         presence, self._presence = self._presence, None
         self.connections.stop()
+        if self.relay is not None:
+            await self.relay.stop()
+            self.relay = None
         if presence is not None:
             await presence.stop()
         await pubsub.stop()

@@ -50,6 +50,7 @@ class WebSocketMiddleware:
             max_payload=None if limits.message_size is None else (limits.message_size + 2) // 3 * 4 + 1,
             ping_interval=limits.ping_interval or _PING_INTERVAL,
             ping_timeout=limits.ping_timeout or _PING_TIMEOUT,
+            relay=lambda: hub.context.relay,
         )
         """What serves the endpoints to Engine.IO clients."""
         self.events = EventTransport(

@@ -26,7 +26,7 @@ INSIDE = {
     "brokers": [{"base"}, {"memory", "nats_link", "redis_servers"}, {"redis_links"}, {"nats", "redis"}, {"__init__"}],
     "protocols": [{"base"}, {"bytes", "json", "positions", "text"}, {"choice"}, {"__init__"}],
     "transports": [
-        {"base", "packets"},
+        {"base", "packets", "relay"},
         {"session", "sse"},
         {"engine_link"},
         {"engine_handshake"},

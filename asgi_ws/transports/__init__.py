@@ -2,14 +2,18 @@
 
 from asgi_ws.transports.base import HttpSession, answer_preflight, is_preflight
 from asgi_ws.transports.engineio import EngineLink, EngineTransport
+from asgi_ws.transports.relay import Bus, OwnerGone, Relay
 from asgi_ws.transports.sse import EventLink, EventTransport, wants_events
 
 __all__ = [
+    "Bus",
     "EngineLink",
     "EngineTransport",
     "EventLink",
     "EventTransport",
     "HttpSession",
+    "OwnerGone",
+    "Relay",
     "answer_preflight",
     "is_preflight",
     "wants_events",

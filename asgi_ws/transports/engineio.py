@@ -21,6 +21,7 @@ import functools
 import json
 import logging
 import secrets
+from collections.abc import Callable
 from typing import Literal
 from urllib.parse import parse_qsl
 
@@ -49,6 +50,7 @@ from asgi_ws.transports.packets import (
     decode_packet,
     open_packet,
 )
+from asgi_ws.transports.relay import OwnerGone, Relay
 from asgi_ws.uvicorn import cut_off, find_link
 
 __all__ = ["EngineLink", "EngineTransport"]
@@ -82,6 +84,15 @@ class _Refusal(Exception):
         self.body = json.dumps({"code": code, "message": _ERRORS[code]}, separators=(",", ":")).encode()
 
 
+class _Elsewhere(Exception):
+    """Another process may have the session."""
+
+    def __init__(self, relay: Relay, sid: str) -> None:
+        super().__init__(sid)
+        self.relay = relay
+        self.sid = sid
+
+
 class _Owner:
     """Where a session was begun, and by whom."""
 
@@ -104,7 +115,8 @@ class EngineTransport:
     """Serves `app`, which takes websockets, to Engine.IO v4 clients at whatever path this is called with.
 
     `origins` says which pages may connect. `max_payload` bounds a request's body in bytes. A client that doesn't
-    answer a ping for `ping_timeout` seconds is gone; pings are `ping_interval` seconds apart.
+    answer a ping for `ping_timeout` seconds is gone; pings are `ping_interval` seconds apart. `relay` is asked for what
+    carries requests to the process that has their session, where there are several.
     """
 
     def __init__(
@@ -115,12 +127,14 @@ class EngineTransport:
         max_payload: int | None = 1_000_000,
         ping_interval: float = 25,
         ping_timeout: float = 20,
+        relay: Callable[[], Relay | None] = lambda: None,
     ) -> None:
         self.app = app
         self.origins = origins
         self.max_payload = max_payload
         self.ping_interval = ping_interval
         self.ping_timeout = ping_timeout
+        self._relay = relay
         self._sessions: dict[str, tuple[EngineLink, _Owner]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopper = Stopper()
@@ -157,6 +171,11 @@ class EngineTransport:
                 await self._websocket(fields, scope, receive, send)
             else:
                 await self._http(fields, scope, receive, send)
+        except _Elsewhere as elsewhere:
+            try:
+                await elsewhere.relay.carry(elsewhere.sid, scope, receive, send)
+            except OwnerGone:
+                await self._refuse(_Refusal(_UNKNOWN_SESSION), scope, receive, send)
         except _Refusal as refusal:
             await self._refuse(refusal, scope, receive, send)
         except ClientGone:
@@ -193,6 +212,9 @@ class EngineTransport:
             return None
         found = self._sessions.get(sid)
         if found is None:
+            relay = self._relay()
+            if relay is not None and relay.is_elsewhere(sid, scope):
+                raise _Elsewhere(relay, sid)
             raise _Refusal(_UNKNOWN_SESSION)
         link, owner = found
         if not owner.sends(scope):
@@ -354,15 +376,23 @@ class EngineTransport:
     # Sessions
 
     def _new_link(self, transport: Literal["polling", "websocket"]) -> EngineLink:
-        return EngineLink(secrets.token_urlsafe(24), transport, self._forget)
+        relay = self._relay()
+        sid = secrets.token_urlsafe(24) if relay is None else relay.new_id()
+        return EngineLink(sid, transport, self._forget)
 
     def _forget(self, link: EngineLink) -> None:
         self._sessions.pop(link.sid, None)
+        relay = self._relay()
+        if relay is not None:
+            relay.disown(link.sid)
         self._stopper.discard(link)
 
     def _begin(self, owner: _Owner, link: EngineLink) -> str:
         """The client has been let in: from here on it can name its session. What it is told first."""
         self._sessions[link.sid] = link, owner
+        relay = self._relay()
+        if relay is not None:
+            relay.own(link.sid, self)
         if link.transport == "polling":
             # A WebSocket's server says so itself.
             self._stopper.add(link)
