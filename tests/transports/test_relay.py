@@ -282,7 +282,7 @@ async def test_an_application_that_fails_is_logged_and_its_client_gets_no_answer
     "words", [b"", b"\xc1", b"\x00" * 100, b"\x93\xa1a\xa1b\x00", b"\x94\xa1a\xa1b\x00\x81\xa3sid\xa1x", b"{}"]
 )
 async def test_garbage_on_the_bus_is_dropped(two: tuple[Relay, Relay], bus: Bus, words: bytes) -> None:
-    here, there = two
+    _here, there = two
     there.own("x", answer)
     await bus.publish("\x1frelay:" + there.node, Payload("binary", words))
     await bus.publish("\x1frelay:" + there.node, Payload("text", words.decode("latin-1")))
