@@ -153,12 +153,12 @@ class Workers(Address):
 
 
 @contextlib.asynccontextmanager
-async def workers(url: str, count: int) -> AsyncIterator[Workers]:
-    """The application behind one port, by so many processes."""
+async def workers(url: str, count: int, app: str = "tests.chaos.app:app") -> AsyncIterator[Workers]:
+    """An application behind one port, by so many processes. They find the broker in CHAOS_BROKER."""
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "uvicorn", "--port", str(port), "--workers", str(count), "--log-level", "warning"),
-        *("--ws", "asgi_ws.uvicorn:WebSocketProtocol", "--timeout-graceful-shutdown", "3", "tests.chaos.app:app"),
+        *("--ws", "asgi_ws.uvicorn:WebSocketProtocol", "--timeout-graceful-shutdown", "3", app),
         cwd=ROOT,
         env={**os.environ, "CHAOS_BROKER": url},
         stdin=asyncio.subprocess.DEVNULL,
