@@ -17,7 +17,7 @@ import msgspec
 from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.frames import size_of
 
-__all__ = ["Payload", "encode", "json_decoder", "to_json"]
+__all__ = ["Payload", "converter", "encode", "json_decoder", "to_builtins", "to_json"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +60,17 @@ def to_json(data: Any) -> str:
         raise TypeError(f"{type(data).__name__} can't be written as JSON: {error}") from error
 
 
+def to_builtins(data: Any) -> Any:
+    """A copy of data in which all is what JSON can say, but `bytes`, `bytearray` and `memoryview` are what they were.
+
+    Raises `TypeError` for anything else.
+    """
+    try:
+        return msgspec.to_builtins(data, builtin_types=_BINARY, str_keys=True, enc_hook=_encode_other)
+    except (ValueError, RecursionError) as error:
+        raise TypeError(f"{type(data).__name__} can't be written as JSON: {error}") from error
+
+
 def _check_utf8(text: str) -> None:
     try:
         text.encode()
@@ -77,6 +88,9 @@ def _encode_other(value: Any) -> Any:
 
 
 Decoder = Callable[[str | bytes], Any]
+Converter = Callable[[Any], Any]
+
+_BINARY = (bytes, bytearray, memoryview)
 
 
 def json_decoder(type_: Any) -> Decoder:
@@ -98,6 +112,26 @@ def json_decoder(type_: Any) -> Decoder:
     if _mentions_pydantic(type_):
         return _pydantic_decoder(type_)
     return _msgspec_decoder(type_)
+
+
+def converter(type_: Any) -> Converter:
+    """The same for values that have been read already, in which there may be `bytes`."""
+    read_json = json_decoder(type_)
+    while hasattr(type_, "__value__"):
+        type_ = type_.__value__
+    if _mentions_pydantic(type_):
+        return _pydantic_converter(type_)
+    if len(_untagged_records(type_)) > 1:
+        # Told apart by our own tags. `bytes` are their base64 there, as in all JSON.
+        return lambda value: read_json(to_json(value))
+
+    def convert(value: Any) -> Any:
+        try:
+            return msgspec.convert(value, type_, builtin_types=_BINARY, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise InvalidMessage(_field_first(str(error))) from error
+
+    return convert
 
 
 # Reading
@@ -142,11 +176,30 @@ def _pydantic_decoder(type_: Any) -> Decoder:
         try:
             return validate(payload)
         except pydantic.ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = "".join(f".{part}" for part in first["loc"])
-            raise InvalidMessage(f"${where}: {first['msg']}" if where else first["msg"]) from error
+            raise _invalid(error) from error
 
     return read
+
+
+def _pydantic_converter(type_: Any) -> Converter:
+    import pydantic
+
+    validate = pydantic.TypeAdapter(type_).validate_python
+
+    def convert(value: Any) -> Any:
+        try:
+            return validate(value)
+        except pydantic.ValidationError as error:
+            raise _invalid(error) from error
+
+    return convert
+
+
+def _invalid(error: Any) -> InvalidMessage:
+    """The first of pydantic's complaints."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = "".join(f".{part}" for part in first["loc"])
+    return InvalidMessage(f"${where}: {first['msg']}" if where else first["msg"])
 
 
 def _tagged_decoder(tag_field: str, members: dict[Any, Any]) -> Decoder:

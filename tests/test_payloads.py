@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import TypeAliasType, TypedDict
 
 from asgi_ws.exceptions import InvalidMessage
-from asgi_ws.payloads import Payload, encode, json_decoder, to_json
+from asgi_ws.payloads import Payload, converter, encode, json_decoder, to_builtins, to_json
 from tests import json_corpus
 
 quick = settings(max_examples=60, deadline=None, database=None)
@@ -549,3 +549,88 @@ def test_whatever_json_says_is_written_as_any_reader_reads_it(value: Any) -> Non
     assert payload.kind == "json"
     finite = json.loads(json.dumps([value]), parse_constant=lambda name: None)
     assert json.loads(payload.data) == payload.decode() == finite
+
+
+# Values that have been read already
+
+
+@dataclasses.dataclass
+class Picture:
+    name: str
+    data: bytes
+    at: datetime.date | None = None
+
+
+class ModelPicture(pydantic.BaseModel):
+    name: str
+    data: bytes
+
+
+Alias = TypeAliasType("Alias", str)
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "converted"),
+    [
+        (Any, [1, b"x"], [1, b"x"]),
+        (int, 1, 1),
+        (float, 1, 1.0),
+        (bytes, b"\xff", b"\xff"),
+        (bytes | None, None, None),
+        (Alias, "x", "x"),
+        (dict[int, bytes], {"1": b"x"}, {1: b"x"}),
+        (tuple[int, str], [1, "x"], (1, "x")),
+        (
+            Picture,
+            {"name": "a", "data": b"\xff", "at": "2026-11-23"},
+            Picture("a", b"\xff", datetime.date(2026, 11, 23)),
+        ),
+        (ModelPicture, {"name": "a", "data": b"\xff"}, ModelPicture.model_construct(name="a", data=b"\xff")),
+        (list[ModelPicture], [], []),
+        (ModelJoin | ModelMove, {"type": "move", "x": 1}, ModelMove(type="move", x=1)),
+        (StructJoin | StructMove, {"type": "join", "name": "a"}, StructJoin("a")),
+    ],
+    ids=repr,
+)
+def test_values_that_were_read_are_converted(type_: Any, value: Any, converted: Any) -> None:
+    assert converter(type_)(value) == converted
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "words"),
+    [
+        (int, "1", "Expected `int`"),
+        (bytes, "eA==", "Expected `bytes`"),
+        (str, b"x", "Expected `str`"),
+        (Picture, {"name": 1, "data": b""}, r"\$.name: Expected `str`"),
+        (ModelPicture, {"name": 1, "data": b""}, r"\$.name: "),
+        (ModelJoin | ModelMove, {"type": "leave"}, "type"),
+    ],
+    ids=repr,
+)
+def test_values_that_are_something_else_are_invalid(type_: Any, value: Any, words: str) -> None:
+    with pytest.raises(InvalidMessage, match=words):
+        converter(type_)(value)
+
+
+def test_types_that_nothing_can_be_converted_to_are_the_developer_s_error() -> None:
+    with pytest.raises(TypeError):
+        converter(re.Pattern)
+
+
+def test_bytes_stay_bytes_in_plain_values() -> None:
+    data = {"picture": Picture("a", b"x"), "all": (bytearray(b"y"), ModelMove(type="move", x=1)), 1: {2}}
+    assert to_builtins(data) == {
+        "picture": {"name": "a", "data": b"x", "at": None},
+        "all": (bytearray(b"y"), {"type": "move", "x": 1, "y": 0}),
+        "1": [2],
+    }
+    assert to_builtins(data["all"])[0] is data["all"][0]  # type: ignore[index]
+
+
+def test_what_json_cannot_say_has_no_plain_values() -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    for data in (object(), cycle, {1j: 1}):
+        with pytest.raises(TypeError):
+            to_builtins(data)
