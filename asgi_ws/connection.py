@@ -131,6 +131,23 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """How many publications were dropped because the client did not keep up."""
         return self._outbox.dropped if self._outbox is not None else 0
 
+    # What the rooms above need of it; not for applications
+
+    @property
+    def closed(self) -> ConnectionClosed | None:
+        """How it was closed, where it was."""
+        return self._closed
+
+    @property
+    def protocol(self) -> Protocol[Any]:
+        """What the client is spoken to with, whatever it came by."""
+        return self._protocol
+
+    @property
+    def outbox(self) -> Outbox:
+        """What waits for the client. Raises `ConnectionClosed`, or `RuntimeError` before the handshake."""
+        return self._opened(self._outbox)
+
     # The handshake
 
     async def accept(

@@ -66,6 +66,11 @@ class Outbox:
         """Whether a handler waits in `put`."""
         return any(waiting.sent is not None for waiting in self._frames)
 
+    @property
+    def behind(self) -> bool:
+        """Whether the client has not taken what it was sent before."""
+        return self._behind
+
     def push(self, frame: Frame, channel: str | None) -> None:
         """Take a publication for this client; without a channel it is one that no policy drops. Never waits, never
         raises."""

@@ -311,7 +311,7 @@ class EngineLink:
                 self.write(heartbeat.beat(loop.time(), deaf=self.paused))
             except TimeoutError:
                 logger.debug("no answer to a ping; ending the session")
-                self.lose()
+                self.lose("ping timeout")
                 return
         self._timer = loop.call_at(heartbeat.due, self._beat)
 
@@ -379,14 +379,14 @@ class EngineLink:
         await self.farewell()
         self.abort()
 
-    def lose(self) -> None:
+    def lose(self, reason: str = "") -> None:
         """The client is gone without a word."""
         if self.ended.done():
             return
         if self._under is not None:
             self._under.abort()
         self.session.closing = True
-        self._lose(ConnectionClosed(1006, clean=False))
+        self._lose(ConnectionClosed(1006, reason, clean=False))
 
     def _lose(self, closed: ConnectionClosed) -> None:
         if not self.ended.done():
