@@ -258,6 +258,7 @@ class _Client:
             await self._read()
             reason = _reason(self._connection.closed)
         except InvalidMessage as error:
+            logger.info("a client of %r broke the protocol: %s", self._connection.scope["path"], error)
             reason = "parse error"
             self._end_sockets(reason)
             await self._connection.close(error.close_code, error.reason)
