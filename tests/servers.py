@@ -70,11 +70,11 @@ def listen(port: int = 0, *, sndbuf: int | None = None, rcvbuf: int | None = Non
 
 @contextlib.asynccontextmanager
 async def serve(
-    app: ASGIApp, *, sndbuf: int | None = None, rcvbuf: int | None = None, **options: Any
+    app: ASGIApp, *, port: int = 0, sndbuf: int | None = None, rcvbuf: int | None = None, **options: Any
 ) -> AsyncIterator[UvicornServer]:
-    """uvicorn in this event loop, on a free port of 127.0.0.1; stopped on leaving. `sndbuf` and `rcvbuf` cap the
-    kernel's buffers."""
-    listening = listen(sndbuf=sndbuf, rcvbuf=rcvbuf)
+    """uvicorn in this event loop, on 127.0.0.1, on a free port unless one is given; stopped on leaving. `sndbuf` and
+    `rcvbuf` cap the kernel's buffers."""
+    listening = listen(port, sndbuf=sndbuf, rcvbuf=rcvbuf)
     options = {"log_config": None, "timeout_graceful_shutdown": 5, **options}
     server = _Uvicorn(uvicorn.Config(app, **options))
     task = asyncio.create_task(server.serve(sockets=[listening]))

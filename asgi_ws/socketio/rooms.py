@@ -20,7 +20,7 @@ from asgi_ws.payloads import Payload, to_builtins, to_json
 from asgi_ws.protocols import Protocol
 from asgi_ws.socketio.packets import EVENT, Packet, encode, head
 
-__all__ = ["InvalidEvent", "Route", "SocketIOProtocol", "channel_of", "pack", "read_route"]
+__all__ = ["InvalidEvent", "Route", "SocketIOProtocol", "channel_of", "channel_of_all", "pack", "read_route"]
 
 _PREFIX = "socketio"
 _MARK = "socketio:"
@@ -31,10 +31,13 @@ class InvalidEvent(AsgiWsError):
     """What came through the broker isn't an event as we publish it."""
 
 
-def channel_of(namespace: str, room: str | None = None) -> str:
-    """The channel of a room, or of all sockets of a namespace. Raises `InvalidChannel` for a name that can't be."""
-    if room is None:
-        return _PREFIX + namespace
+def channel_of_all(namespace: str) -> str:
+    """The channel of all sockets of a namespace."""
+    return _PREFIX + namespace
+
+
+def channel_of(namespace: str, room: str) -> str:
+    """The channel of a room. Raises `InvalidChannel` for a name that no room can have."""
     if not isinstance(room, str) or not room:
         raise InvalidChannel("a room's name is a str that isn't empty")
     # A namespace has no "#", so that no two rooms share a channel.

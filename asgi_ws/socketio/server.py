@@ -211,14 +211,13 @@ class SocketIO:
             connection = Connection[Any, Any](scope, exchange, context=self._context, protocol=self._protocol)
             client = _Client(self._namespaces, connection, self._context, self.max_payload, self.connect_timeout)
             await connection.serve(client.serve, {}, accept=True)
-        except HTTPException as error:
-            if not exchange.ended:
-                await receive()
-                await PlainTextResponse(str(error.detail), error.status_code, error.headers)(scope, receive, send)
-        except Exception:
+        except Exception as error:
             # What ended a connection that was served was answered and, where it was nobody's intention, logged.
             if not exchange.ended:
-                raise
+                if not isinstance(error, HTTPException):
+                    raise
+                await receive()
+                await PlainTextResponse(str(error.detail), error.status_code, error.headers)(scope, receive, send)
         finally:
             exchange.leave()
 

@@ -17,7 +17,7 @@ from asgi_ws.messages import Publication
 from asgi_ws.outbox import Outbox
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet, check_event
-from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, pack, read_route
+from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, pack, read_route
 
 __all__ = ["Broadcast", "ConnectionRefused", "Namespace", "Owner", "Socket", "Volatile"]
 
@@ -149,8 +149,9 @@ class Broadcast:
         # What of several rooms comes first isn't known, nor where a socket will be then: so it remembers what it took.
         id_ = secrets.token_urlsafe(9) if len(rooms) > 1 else None
         sender = Route(self._without, id_, self._volatile, paths).mark()
-        for room in rooms or (None,):
-            await namespace.context.pubsub.publish(channel_of(namespace.name, room), payload, sender=sender)
+        channels = [channel_of(namespace.name, room) for room in rooms] or [channel_of_all(namespace.name)]
+        for channel in channels:
+            await namespace.context.pubsub.publish(channel, payload, sender=sender)
 
     async def call(self, event: str, *args: Any, timeout: float = CALL_TIMEOUT) -> dict[str, Any]:
         """Send an event to the sockets of this process and wait for their acknowledgements: those that came in time,
@@ -167,7 +168,7 @@ class Broadcast:
         if not sockets:
             return {}
         frame = sockets[0].frame(Packet(EVENT, [event, *args], namespace.name, id_))
-        answers = {socket.id: socket.ask(id_, frame, channel_of(namespace.name)) for socket in sockets}
+        answers = {socket.id: socket.ask(id_, frame, channel_of_all(namespace.name)) for socket in sockets}
         try:
             await asyncio.wait(answers.values(), timeout=timeout)
         finally:
@@ -473,7 +474,7 @@ class Socket:
             for middleware in namespace.middlewares:
                 await middleware.function(self)
             pubsub = namespace.context.pubsub
-            await pubsub.subscribe(channel_of(namespace.name), self)
+            await pubsub.subscribe(channel_of_all(namespace.name), self)
             await pubsub.subscribe(self._own_channel, self)
             if namespace.on_connect is not None:
                 handler = namespace.on_connect
@@ -567,9 +568,7 @@ class Socket:
             self._worker = None
 
     def end(self, reason: str) -> None:
-        """Let nothing more in or out; what has come is still handled. The first reason counts."""
-        if self._left:
-            return
+        """Let nothing more in or out; what has come is still handled. Called once."""
         self._left = True
         self.reason = reason
         self._held = None
@@ -603,7 +602,7 @@ class Socket:
 
     async def _leave_rooms(self) -> None:
         name = self.namespace
-        channels = [channel_of(name), *(channel_of(name, room) for room in self._rooms)]
+        channels = [channel_of_all(name), *(channel_of(name, room) for room in self._rooms)]
         try:
             await self._namespace.unsubscribe(channels, self)
         except BrokerError:
