@@ -157,6 +157,10 @@ class EngineLink:
         return self._closing
 
     def abort(self) -> None:
+        if not self.ended.done():
+            # Nobody else tells, where nothing is under this link or that has ended with it.
+            lost = ConnectionClosed(1006, clean=False)
+            asyncio.get_running_loop().call_soon(self._receiver.connection_lost, lost)
         if self._under is not None:
             self._under.abort()
         self.cut()
