@@ -190,6 +190,8 @@ class Context:
         self.overflow: Overflow = overflow
         self.origins = origins
         self.rules = Rules()
+        self.prefixes: dict[str, Retention] = {}
+        """How much is kept, without a rule, of the channels whose names begin so."""
         self.on_connect: list[Callable[[Any], Awaitable[None]]] = []
         self.connections = Connections(limits)
         self.clients: dict[str, Client] = {}
@@ -283,7 +285,12 @@ class Context:
         rule, _ = self.rules.find(channel)
         if rule is None:
             rule, _ = self._borrowed.find(channel)
-        return rule.retention if rule is not None else None
+        if rule is not None and rule.retention is not None:
+            return rule.retention
+        for prefix, retention in self.prefixes.items():
+            if channel.startswith(prefix):
+                return retention
+        return None
 
     async def publish(self, channel: str, data: Any, *, sender: str | None = None) -> Position | None:
         """What `Hub.publish` and `Connection.publish` do."""

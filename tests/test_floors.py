@@ -34,7 +34,7 @@ INSIDE = {
         {"__init__"},
     ],
     "endpoints": [{"function"}, {"__init__"}],
-    "socketio": [{"packets", "handlers"}, {"rooms"}, {"socket"}, {"server"}, {"__init__"}],
+    "socketio": [{"packets", "handlers", "sessions"}, {"rooms"}, {"socket"}, {"server"}, {"__init__"}],
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

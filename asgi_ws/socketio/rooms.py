@@ -19,9 +19,18 @@ from asgi_ws.messages import Publication
 from asgi_ws.payloads import Payload, to_builtins, to_json
 from asgi_ws.protocols import Protocol
 from asgi_ws.socketio.packets import EVENT, Packet, encode, head
+from asgi_ws.socketio.sessions import token_of
 
-__all__ = ["InvalidEvent", "Route", "SocketIOProtocol", "channel_of", "channel_of_all", "pack", "read_route"]
-
+__all__ = [
+    "InvalidEvent",
+    "Route",
+    "SocketIOProtocol",
+    "channel_of",
+    "channel_of_all",
+    "pack",
+    "prefix_of_all",
+    "read_route",
+]
 _PREFIX = "socketio"
 _MARK = "socketio:"
 Path = list[str | int]
@@ -29,6 +38,11 @@ Path = list[str | int]
 
 class InvalidEvent(AsgiWsError):
     """What came through the broker isn't an event as we publish it."""
+
+
+def prefix_of_all() -> str:
+    """How the names of all our channels begin."""
+    return _PREFIX + "/"
 
 
 def channel_of_all(namespace: str) -> str:
@@ -114,9 +128,16 @@ def read_route(publication: Publication) -> Route:
 
 
 class SocketIOProtocol(Protocol[str | bytes]):
-    """What a connection speaks whose messages are packets; putting them together takes a `Decoder` of its own."""
+    """What a connection speaks whose messages are packets; putting them together takes a `Decoder` of its own.
+
+    With `positions`, an event that was published says its own as its last argument, which is how clients that can be
+    recovered want it.
+    """
 
     format = "socketio"
+
+    def __init__(self, *, positions: bool = False) -> None:
+        self._positions = positions
 
     def decode(self, payload: str | bytes) -> str | bytes:
         return payload
@@ -130,18 +151,20 @@ class SocketIOProtocol(Protocol[str | bytes]):
         namespace = _namespace_of(publication.channel)
         payload = publication.payload
         data = payload.data
+        end = []
+        if self._positions and publication.position is not None:
+            end = [token_of(publication.channel, publication.position)]
         route = read_route(publication)
         if not (publication.sender or "").startswith(_MARK):
             if isinstance(data, bytes):
-                return self.encode(Packet(EVENT, ["message", data], namespace))
-            value = data if payload.kind == "json" else to_json(data)
-            return Frame(f'{head(EVENT, namespace)}["message",{value}]')
-        if payload.kind != "json" or not isinstance(data, str):
+                return self.encode(Packet(EVENT, ["message", data, *end], namespace))
+            data = f'["message",{data if payload.kind == "json" else to_json(data)}]'
+        elif payload.kind != "json" or not isinstance(data, str) or not data.endswith("]"):
             raise InvalidEvent(f"an event in {publication.channel!r} isn't JSON")
         if not route.binary:
-            return Frame(head(EVENT, namespace) + data)
+            return Frame(head(EVENT, namespace) + (f'{data[:-1]},"{end[0]}"]' if end else data))
         try:
-            return self.encode(Packet(EVENT, _unpack(data, route.binary), namespace))
+            return self.encode(Packet(EVENT, [*_unpack(data, route.binary), *end], namespace))
         except (msgspec.MsgspecError, UnicodeError, TypeError, LookupError, ValueError) as error:
             raise InvalidEvent(f"an event in {publication.channel!r} can't be read: {error}") from error
 

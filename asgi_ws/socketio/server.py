@@ -16,9 +16,11 @@ from asgi_ws.context import STOP_TIME, Context, Exchange
 from asgi_ws.exceptions import ConnectionClosed, InvalidMessage
 from asgi_ws.frames import size_of
 from asgi_ws.hub import Hub
+from asgi_ws.messages import Retention
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, Decoder, Packet, check_event
-from asgi_ws.socketio.rooms import SocketIOProtocol, channel_of
+from asgi_ws.socketio.rooms import SocketIOProtocol, channel_of, prefix_of_all
+from asgi_ws.socketio.sessions import Sessions
 from asgi_ws.socketio.socket import Broadcast, Namespace, Socket
 from asgi_ws.transports import EngineTransport
 
@@ -34,6 +36,8 @@ _MAX_WAITING: Final = 256
 """How many events of one client may wait for its handlers; then nothing more is read."""
 _GRACE: Final = 4.0
 """How many seconds a handler has to finish when its client is gone; less than the connection's own patience."""
+_RETENTION: Final = 1000
+"""How many events of a room are kept where the hub's limits say nothing of it."""
 _FORBIDDEN = set(",#?")
 
 
@@ -45,6 +49,9 @@ class SocketIO:
     every `ping_interval` seconds, and gone when it doesn't answer for `ping_timeout`; a message of its may have
     `max_payload` bytes, with its attachments; and it has `connect_timeout` seconds to connect to a namespace. The
     hub's limits and its rule about origins hold as well.
+
+    A client that comes back within `recovery` seconds, to the same process, has its id, rooms and data again and gets
+    what it has missed, or is told that it can't. That takes a broker that keeps histories.
 
     Raises `ValueError` for a number that can't be.
     """
@@ -80,9 +87,14 @@ class SocketIO:
         self.max_payload = max_payload
         self._context = hub.context
         self._ids = itertools.count()
+        limits = self._context.limits
+        self._sessions: Sessions | None = None
+        if recovery is not None:
+            self._sessions = Sessions(recovery, limits.connections)
+            self._context.prefixes[prefix_of_all()] = Retention(limits.recovery or _RETENTION, recovery)
         self._namespaces: dict[str, Namespace] = {}
         self._namespace("/").served = True
-        self._protocol = SocketIOProtocol()
+        self._protocol = SocketIOProtocol(positions=recovery is not None)
         self._engine = EngineTransport(
             self._serve,
             origins=self._context.origins,
@@ -170,7 +182,7 @@ class SocketIO:
     def _namespace(self, name: str) -> Namespace:
         space = self._namespaces.get(name)
         if space is None:
-            space = self._namespaces[name] = Namespace(_checked(name), self._context, self._ids)
+            space = self._namespaces[name] = Namespace(_checked(name), self._context, self._ids, self._sessions)
         return space
 
     def _served(self, name: str) -> Namespace:
@@ -225,6 +237,23 @@ class SocketIO:
 class _Client:
     """One connection and its sockets, of which each namespace has one at the most."""
 
+    __slots__ = (
+        "_attachments_until",
+        "_connect_timeout",
+        "_connection",
+        "_context",
+        "_ended_by_us",
+        "_ending",
+        "_max_payload",
+        "_namespaces",
+        "_patience",
+        "_room",
+        "_sockets",
+        "_sockets_until",
+        "_waiting",
+        "_waiting_size",
+    )
+
     def __init__(
         self,
         namespaces: dict[str, Namespace],
@@ -242,7 +271,7 @@ class _Client:
         # Those that have ended, until their last handler has.
         self._ending: dict[str, asyncio.Task[None]] = {}
         # Those whose client may not know yet that they were ended.
-        self._ended_by_us: set[str] = set()
+        self._ended_by_us: frozenset[str] = frozenset()
         self._waiting = 0
         self._waiting_size = 0
         self._room: asyncio.Future[None] | None = None
@@ -341,7 +370,7 @@ class _Client:
         ending = self._ending.get(name)
         if ending is not None:
             await asyncio.wait([ending])
-        self._ended_by_us.discard(name)
+        self._ended_by_us -= {name}
         self._sockets_until = None
         self._set_patience()
         socket = self._sockets[name] = Socket(namespace, self, self._connection, packet.data)
@@ -355,15 +384,16 @@ class _Client:
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    def ended(self, socket: Socket) -> None:
+    def ended(self, socket: Socket) -> asyncio.Task[None]:
         name = socket.namespace
         del self._sockets[name]
         if socket.reason != "client namespace disconnect":
-            self._ended_by_us.add(name)
+            self._ended_by_us |= {name}
         task = self._ending[name] = asyncio.create_task(socket.finish(), name="asgi_ws socket end")
         task.add_done_callback(lambda _: self._ending.pop(name))
         if not self._sockets:
             self._wait_for_sockets()
+        return task
 
     @property
     def grace(self) -> float:

@@ -11,13 +11,14 @@ from typing import Any, Final, Protocol, cast
 from asgi_ws import protocols
 from asgi_ws.connection import Connection
 from asgi_ws.context import Context
-from asgi_ws.exceptions import AsgiWsError, BrokerError, ConnectionClosed, InvalidMessage, SubscriptionDenied
+from asgi_ws.exceptions import AsgiWsError, ConnectionClosed, InvalidMessage, SubscriptionDenied
 from asgi_ws.frames import Frame
-from asgi_ws.messages import Publication
+from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet, check_event
 from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, pack, read_route
+from asgi_ws.socketio.sessions import RECOVERABLE, Mark, Session, Sessions
 
 __all__ = ["Broadcast", "ConnectionRefused", "Namespace", "Owner", "Socket", "Volatile"]
 
@@ -53,7 +54,7 @@ class Owner(Protocol):
         """An event that waited is handled now."""
         ...
 
-    def ended(self, socket: "Socket") -> None:
+    def ended(self, socket: "Socket") -> "asyncio.Task[None]":
         """A socket has ended; its `finish` is to be waited for."""
         ...
 
@@ -66,8 +67,14 @@ class Owner(Protocol):
 class Namespace:
     """What the sockets of one namespace have in common."""
 
-    def __init__(self, name: str, context: Context, ids: "itertools.count[int]") -> None:
+    def __init__(
+        self, name: str, context: Context, ids: "itertools.count[int]", sessions: Sessions | None = None
+    ) -> None:
         self.name = name
+        self.sessions = sessions
+        """Of those who may come back, where clients are recovered."""
+        self.live: dict[str, Socket] = {}
+        """The sockets whose clients may come back without our knowing that they have gone, by their secrets."""
         self.context = context
         self.ids = ids
         self.served = False
@@ -85,7 +92,7 @@ class Namespace:
         if publication is not self._publication:
             self._publication = publication
             try:
-                self._delivery = _Delivery(publication.frame(protocol), read_route(publication))
+                self._delivery = _Delivery(publication, publication.frame(protocol), self.sessions is not None)
             except InvalidEvent:
                 logger.warning("something else than an event was published as one", exc_info=True)
                 self._delivery = None
@@ -100,10 +107,13 @@ class Namespace:
 class _Delivery:
     """A publication as the sockets of this process get it."""
 
-    __slots__ = ("frame", "id", "volatile", "without")
+    __slots__ = ("frame", "id", "mark", "volatile", "without")
 
-    def __init__(self, frame: Frame, route: Route) -> None:
+    def __init__(self, publication: Publication, frame: Frame, marked: bool) -> None:
+        route = read_route(publication)
+        position = publication.position
         self.frame = frame
+        self.mark = Mark(publication.channel, position, route.id) if marked and position is not None else None
         self.without = frozenset(route.without)
         self.id = route.id
         self.volatile = route.volatile
@@ -203,6 +213,7 @@ class Socket:
 
     __slots__ = (
         "__weakref__",
+        "_claimed",
         "_connected",
         "_held",
         "_held_size",
@@ -214,22 +225,28 @@ class Socket:
         "_pending",
         "_protocol",
         "_queue",
+        "_resuming",
         "_rooms",
         "_seen",
+        "_session",
         "_worker",
         "auth",
         "connection",
         "data",
         "id",
         "reason",
+        "recovered",
     )
 
     def __init__(self, namespace: Namespace, owner: Owner, connection: Connection[Any, Any], auth: Any) -> None:
-        self.id = secrets.token_urlsafe(15)
+        self.id = ""
         """Tells this socket from all others, in every process and namespace. It is no secret."""
+        self.recovered = False
+        """Whether its client has come back to its rooms and data, and gets what it has missed; its `connect` handler
+        is asked all the same."""
         self.connection = connection
         """Below all sockets of one client: its `headers`, `cookies`, `query_params` and `user`."""
-        self.auth: dict[str, Any] = auth or {}
+        self.auth: dict[str, Any] = dict(auth or {})
         """What the client connected with."""
         self.data: dict[str, Any] = {}
         """For the application."""
@@ -239,8 +256,11 @@ class Socket:
         self._owner = owner
         self._outbox: Outbox = connection.outbox
         self._protocol = connection.protocol
-        self._own_channel = channel_of(namespace.name, self.id)
-        self._rooms: set[str] = {self.id}
+        self._own_channel = ""
+        self._rooms: set[str] = set()
+        self._session: Session | None = None
+        self._resuming = False
+        self._claimed: Session | None = None
         self._connected = False
         self._left = False
         # What it is sent before the client knows of it.
@@ -248,8 +268,19 @@ class Socket:
         self._held_size = 0
         self._pending: dict[int, _Pending] | None = None
         self._seen: deque[str] | None = None
-        self._queue: deque[Callable[[], Awaitable[None]]] = deque()
+        self._queue: deque[Callable[[], Awaitable[None]]] | None = None
         self._worker: asyncio.Task[None] | None = None
+        self._is_new()
+
+    def _is_new(self) -> None:
+        self.recovered = False
+        self.data = {}
+        self.id = secrets.token_urlsafe(15)
+        self._own_channel = channel_of(self.namespace, self.id)
+        self._rooms = {self.id}
+        self._seen = None
+        if self._namespace.sessions is not None:
+            self._session = Session(self.id, self.connection.user_id)
 
     @property
     def namespace(self) -> str:
@@ -291,6 +322,12 @@ class Socket:
             id_ = next(self._namespace.ids)
             loop = asyncio.get_running_loop()
             self._expect(id_, _Pending(callback, None, loop.call_later(_CALLBACK_TIME, self._forget, id_)))
+        elif self._session is not None:
+            # By its own room, whose history has it when the client comes back.
+            if self.behind:
+                await self._outbox.flush()
+            await Broadcast(self._namespace, (self.id,)).emit(event, *args)
+            return
         await self._send(self.frame(Packet(EVENT, [event, *args], self.namespace, id_)))
 
     async def call(self, event: str, *args: Any, timeout: float = CALL_TIMEOUT) -> Any:
@@ -355,6 +392,8 @@ class Socket:
         delivery = self._namespace.delivery(publication, self._protocol)
         if delivery is None or self._left:
             return
+        if delivery.mark is not None and self._session is not None:
+            self._session.sent(delivery.mark)
         if delivery.without and not delivery.without.isdisjoint(self._rooms):
             return
         if delivery.id is not None:
@@ -363,12 +402,19 @@ class Socket:
             if delivery.id in self._seen:
                 return
             self._seen.append(delivery.id)
-        if delivery.volatile and self._outbox.behind:
+        if delivery.volatile and (self._outbox.behind or self._resuming):
             return
         if self._held is not None:
             self._hold(delivery.frame, publication.channel)
         else:
             self._outbox.push(delivery.frame, publication.channel)
+
+    def lost(self, channel: str) -> None:
+        """Publications to a room with a history are lost to this client. Called by the hub."""
+        if self._session is not None:
+            # It comes back, and is told that it isn't recovered.
+            self._session.whole = False
+            self.connection.lost(channel)
 
     def frame(self, packet: Packet) -> Frame:
         """What leaves for the client. Raises `TypeError` for data that can't be sent."""
@@ -448,7 +494,7 @@ class Socket:
             raise SubscriptionDenied(channel, f"a socket can be in {limit} rooms")
         self._rooms.add(room)
         try:
-            await context.pubsub.subscribe(channel, self)
+            await self._subscribe(channel)
         except BaseException:
             self._rooms.discard(room)
             raise
@@ -460,22 +506,78 @@ class Socket:
         """The socket gets nothing of the room any more, from this call on."""
         if room in self._rooms and room != self.id and not self._left:
             self._rooms.discard(room)
-            await self._namespace.unsubscribe([channel_of(self.namespace, room)], self)
+            channel = channel_of(self.namespace, room)
+            if self._session is not None:
+                self._session.left(channel)
+            await self._namespace.unsubscribe([channel], self)
+
+    async def _subscribe(self, channel: str, since: Position | None = None) -> bool:
+        """Whether nothing is missing since then."""
+        session = self._session
+        begin = None if session is None else lambda recovery: session.joined(channel, since or recovery.position)
+        recovery = await self._namespace.context.pubsub.subscribe(channel, self, since=since, begin=begin)
+        return recovery.recovered
 
     # Its life, as its owner directs it
 
     def begin(self) -> None:
         """Ask the middlewares and the `connect` handler, and tell the client what they say."""
-        self._enqueue(self._begin)
+        pid, token = self.auth.get("pid"), self.auth.get("offset")
+        session = None
+        if self._namespace.sessions is not None:
+            self.auth.pop("pid", None)
+            self.auth.pop("offset", None)
+            if isinstance(pid, str) and (token is None or isinstance(token, str)):
+                session = self._claim(pid)
+        self._enqueue(lambda: self._begin(session, token))
 
-    async def _begin(self) -> None:
+    def _claim(self, pid: str) -> Session | None:
+        """The session that belongs to a client's secret, and to this client."""
+        namespace = self._namespace
+        live, user = namespace.live.get(pid), self.connection.user_id
+        if live is not None and live.connection.user_id == user:
+            # Its connection is lost, and nobody has seen it yet.
+            live.end("transport close")
+            live.connection.cut(1008, "the client has come back on another connection")
+        return cast(Sessions, namespace.sessions).take(pid, user)
+
+    async def _resume(self, session: Session, token: str | None) -> None:
+        """Go on where the client was; where that can't be, it is a new one."""
+        if session.finishing is not None:
+            await asyncio.wait([session.finishing])
+        again = session.resume(token)
+        if again is None:
+            return
+        self._claimed = session
+        self.id, self._rooms, self.data, self._session = again.sid, again.rooms, again.data, again
+        self._own_channel = channel_of(self.namespace, self.id)
+        self._seen = deque(again.ids, maxlen=_SEEN)
+        channels = list(again.positions.items())
+        self._resuming = True
+        try:
+            for channel, since in channels:
+                if not await self._subscribe(channel, since):
+                    break
+            else:
+                self.recovered = self._held_size <= self._namespace.context.limits.outbox_size
+        finally:
+            self._resuming = False
+            if not self.recovered:
+                self._claimed = None
+                await self._namespace.unsubscribe([channel for channel, _ in channels], self)
+                self._held, self._held_size = [], 0
+                self._is_new()
+
+    async def _begin(self, session: Session | None, token: str | None) -> None:
         namespace = self._namespace
         try:
+            if session is not None:
+                await self._resume(session, token)
             for middleware in namespace.middlewares:
                 await middleware.function(self)
-            pubsub = namespace.context.pubsub
-            await pubsub.subscribe(channel_of_all(namespace.name), self)
-            await pubsub.subscribe(self._own_channel, self)
+            if not self.recovered:
+                await self._subscribe(channel_of_all(namespace.name))
+                await self._subscribe(self._own_channel)
             if namespace.on_connect is not None:
                 handler = namespace.on_connect
                 await handler.function(self, *handler.convert([self.auth][: handler.most]))
@@ -489,8 +591,12 @@ class Socket:
             await self._refuse(ConnectionRefused("more was sent while connecting than can wait"))
             return
         namespace.sockets[self.id] = self
+        welcome = {"sid": self.id}
+        if self._session is not None:
+            welcome["pid"] = self._session.pid
+            namespace.live[self._session.pid] = self
         try:
-            await self._outbox.put(self.frame(Packet(CONNECT, {"sid": self.id}, namespace.name)))
+            await self._outbox.put(self.frame(Packet(CONNECT, welcome, namespace.name)))
         except ConnectionClosed:
             return
         # Nothing may come between: no `await`.
@@ -556,16 +662,18 @@ class Socket:
                 logger.exception("the handler of the event %.100r failed", event)
 
     def _enqueue(self, work: Callable[[], Awaitable[None]]) -> None:
+        # Most sockets have nothing to do most of the time, and there are many.
+        if self._queue is None:
+            self._queue = deque()
+            self._worker = asyncio.create_task(self._work(self._queue), name="asgi_ws socket")
         self._queue.append(work)
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="asgi_ws socket")
 
-    async def _work(self) -> None:
+    async def _work(self, queue: deque[Callable[[], Awaitable[None]]]) -> None:
         try:
-            while self._queue:
-                await self._queue.popleft()()
+            while queue:
+                await queue.popleft()()
         finally:
-            self._worker = None
+            self._queue = self._worker = None
 
     def end(self, reason: str) -> None:
         """Let nothing more in or out; what has come is still handled. Called once."""
@@ -576,12 +684,24 @@ class Socket:
         pending, self._pending = self._pending, None
         for waiting in (pending or {}).values():
             waiting.end((self.connection.closed or ConnectionClosed(1000, reason)).again())
-        self._owner.ended(self)
+        finishing = self._owner.ended(self)
+        session, sessions = self._session, self._namespace.sessions
+        if session is not None and sessions is not None:
+            self._namespace.live.pop(session.pid, None)
+            if self._connected:
+                session.rooms, session.data, session.finishing = self._rooms, self.data, finishing
+            else:
+                # It has been told nothing yet: what it came back to is still where it was.
+                session = self._claimed
+            if session is not None and reason in RECOVERABLE:
+                sessions.keep(session)
 
     async def finish(self) -> None:
         """Leave the rooms, wait until what had come is handled, and call the `disconnect` handler. Run by the owner
         when the socket has ended."""
-        await self._leave_rooms()
+        name = self.namespace
+        channels = [channel_of_all(name), *(channel_of(name, room) for room in self._rooms)]
+        await self._namespace.unsubscribe(channels, self)
         worker = self._worker
         if worker is not None:
             try:
@@ -591,7 +711,6 @@ class Socket:
             if unfinished:
                 logger.warning("a handler of %r did not finish after its client had left", self.namespace)
                 await asyncio.wait([worker])
-        self._queue.clear()
         handler = self._namespace.on_disconnect
         if self._connected and handler is not None:
             try:
@@ -599,14 +718,6 @@ class Socket:
                     await handler.function(self, *[self.reason][: handler.most])
             except Exception:
                 logger.exception("the disconnect handler of %r failed", self.namespace)
-
-    async def _leave_rooms(self) -> None:
-        name = self.namespace
-        channels = [channel_of_all(name), *(channel_of(name, room) for room in self._rooms)]
-        try:
-            await self._namespace.unsubscribe(channels, self)
-        except BrokerError:
-            logger.warning("the broker was not told of rooms that were left", exc_info=True)
 
 
 class _Pending:

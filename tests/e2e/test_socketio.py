@@ -209,3 +209,53 @@ async def test_plain_endpoints_and_sockets_meet_in_a_room() -> None:
             assert await ann.event() == ["message", {"a": 1}]
             await application.hub.publish(application.sio.room("lobby"), b"\x02")
             assert await ann.event() == ["message", b"\x02"]
+
+
+@each_transport
+async def test_a_client_is_recovered_with_what_it_has_missed(options: dict[str, Any]) -> None:
+    async with served(recovery=60) as (application, server, sockets):
+        ann = sockets.open(server.http, **options)
+        begun = await ann.said("connect")
+        assert (await ann.event())[:1] == ["welcome"]
+        await application.sio.to("lobby").emit("news", 0)
+        assert (await ann.event())[:2] == ["news", 0]
+        for visit in range(3):
+            ann.do("cut")
+            assert (await ann.said("disconnect"))["reason"] == "forced close"
+            assert await application.log.get() == ("disconnect", "transport close")
+            for number in range(10):
+                await application.sio.to("lobby").emit("news", visit, number, b"x")
+            ann.do("connect")
+            again = await ann.said("connect")
+            assert (again["recovered"], again["id"]) == (True, begun["id"])
+            for number in range(10):
+                assert (await ann.event())[:4] == ["news", visit, number, b"x"]
+            # The example's handler greets again.
+            assert (await ann.event())[:1] == ["welcome"]
+
+
+async def test_events_go_on_while_a_client_loses_its_connection_again_and_again() -> None:
+    async with served(recovery=60) as (application, server, sockets):
+        ann = sockets.open(server.http, reconnectionDelayMax=100, **WEBSOCKET)
+        await ann.said("connect")
+        numbers: list[int] = []
+        total = 600
+
+        async def publish() -> None:
+            for number in range(total):
+                await application.sio.to("lobby").emit("number", number)
+                await asyncio.sleep(0.002)
+                if number % 100 == 50:
+                    # Without a word, as a lost network does.
+                    for socket in list(application.sio._namespaces["/"].sockets.values()):
+                        socket.connection._link.abort()  # type: ignore[union-attr]
+
+        publishing = asyncio.create_task(publish())
+        while len(numbers) < total:
+            event = await asyncio.wait_for(ann.events.get(), 10)
+            if event["event"] == "connect":
+                assert event["recovered"]
+            elif event["event"] == "event" and event["args"][0] == "number":
+                numbers.append(event["args"][1])
+        await publishing
+        assert numbers == list(range(total))
