@@ -190,6 +190,8 @@ class Context:
         self.overflow: Overflow = overflow
         self.origins = origins
         self.rules = Rules()
+        self.spans_processes = False
+        """Whether the broker joins more than this process."""
         self.prefixes: dict[str, Retention] = {}
         """How much is kept, without a rule, of the channels whose names begin so."""
         self.on_connect: list[Callable[[Any], Awaitable[None]]] = []
@@ -250,6 +252,7 @@ class Context:
         self._presence = Presence(broker, pubsub) if isinstance(broker, PresenceBroker) else None
         self._loop = asyncio.get_running_loop()
         self._pubsub = pubsub
+        self.spans_processes = broker.spans_processes
 
     async def _share_rules(self, broker: HistoryBroker) -> None:
         """Whoever publishes from outside, without rules of his own, is to keep what the application keeps."""

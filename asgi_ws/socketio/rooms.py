@@ -6,9 +6,10 @@ publication's sender.
 """
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -22,16 +23,20 @@ from asgi_ws.socketio.packets import EVENT, Packet, encode, head
 from asgi_ws.socketio.sessions import token_of
 
 __all__ = [
+    "PREFIX_OF_ROOMS",
+    "PREFIX_OF_SESSIONS",
     "InvalidEvent",
     "Route",
     "SocketIOProtocol",
     "channel_of",
     "channel_of_all",
+    "channel_of_session",
     "pack",
-    "prefix_of_all",
     "read_route",
 ]
 _PREFIX = "socketio"
+PREFIX_OF_ROOMS: Final = "socketio/"
+PREFIX_OF_SESSIONS: Final = "socketio:session:"
 _MARK = "socketio:"
 Path = list[str | int]
 
@@ -40,9 +45,9 @@ class InvalidEvent(AsgiWsError):
     """What came through the broker isn't an event as we publish it."""
 
 
-def prefix_of_all() -> str:
-    """How the names of all our channels begin."""
-    return _PREFIX + "/"
+def channel_of_session(namespace: str, pid: str) -> str:
+    """The channel in which the session with this secret is kept for other processes."""
+    return PREFIX_OF_SESSIONS + hashlib.sha256(f"{namespace},{pid}".encode(errors="replace")).hexdigest()
 
 
 def channel_of_all(namespace: str) -> str:

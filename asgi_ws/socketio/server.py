@@ -19,7 +19,7 @@ from asgi_ws.hub import Hub
 from asgi_ws.messages import Retention
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, Decoder, Packet, check_event
-from asgi_ws.socketio.rooms import SocketIOProtocol, channel_of, prefix_of_all
+from asgi_ws.socketio.rooms import PREFIX_OF_ROOMS, PREFIX_OF_SESSIONS, SocketIOProtocol, channel_of
 from asgi_ws.socketio.sessions import Sessions
 from asgi_ws.socketio.socket import Broadcast, Namespace, Socket
 from asgi_ws.transports import EngineTransport
@@ -50,7 +50,7 @@ class SocketIO:
     `max_payload` bytes, with its attachments; and it has `connect_timeout` seconds to connect to a namespace. The
     hub's limits and its rule about origins hold as well.
 
-    A client that comes back within `recovery` seconds, to the same process, has its id, rooms and data again and gets
+    A client that comes back within `recovery` seconds, to whatever process, has its id, rooms and data again and gets
     what it has missed, or is told that it can't. That takes a broker that keeps histories.
 
     Raises `ValueError` for a number that can't be.
@@ -91,7 +91,8 @@ class SocketIO:
         self._sessions: Sessions | None = None
         if recovery is not None:
             self._sessions = Sessions(recovery, limits.connections)
-            self._context.prefixes[prefix_of_all()] = Retention(limits.recovery or _RETENTION, recovery)
+            self._context.prefixes[PREFIX_OF_ROOMS] = Retention(limits.recovery or _RETENTION, recovery)
+            self._context.prefixes[PREFIX_OF_SESSIONS] = Retention(1, recovery)
         self._namespaces: dict[str, Namespace] = {}
         self._namespace("/").served = True
         self._protocol = SocketIOProtocol(positions=recovery is not None)

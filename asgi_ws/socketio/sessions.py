@@ -10,7 +10,10 @@ import zlib
 from collections import deque
 from typing import Any, Final
 
+import msgspec
+
 from asgi_ws.messages import Position
+from asgi_ws.payloads import json_decoder, to_json
 
 __all__ = ["RECOVERABLE", "Mark", "Session", "Sessions", "token_of"]
 
@@ -21,6 +24,8 @@ RECOVERABLE: Final = frozenset({"transport close", "transport error", "ping time
 """The reasons after which a client comes back by itself. Who was sent away, or has gone, isn't waited for."""
 
 _MAX_IDS: Final = 64
+_MAX_SAVED: Final = 300
+"""How many of them another process is told of."""
 
 
 def token_of(channel: str, position: Position) -> str:
@@ -43,7 +48,20 @@ class Mark:
 class Session:
     """A socket's id, rooms and data, and what was sent to it."""
 
-    __slots__ = ("_ids", "_log", "_token", "data", "finishing", "pid", "positions", "rooms", "sid", "user", "whole")
+    __slots__ = (
+        "_ids",
+        "_log",
+        "_token",
+        "data",
+        "finishing",
+        "pid",
+        "positions",
+        "rooms",
+        "shared",
+        "sid",
+        "user",
+        "whole",
+    )
 
     def __init__(self, sid: str, user: str | None) -> None:
         self.pid = secrets.token_urlsafe(24)
@@ -58,6 +76,8 @@ class Session:
         """Whether all of its channels have positions, and nothing was lost of them."""
         self.finishing: asyncio.Task[None] | None = None
         """What is still to be done for the socket that had this session."""
+        self.shared = False
+        """Whether other processes can have it."""
         self._log: deque[Mark] = deque()
         # The event before the log, and the ids of events before it that went to several rooms.
         self._token: str | None = None
@@ -102,10 +122,53 @@ class Session:
                 return again
         return None
 
+    def save(self) -> str:
+        """All of it but its secret, for another process. Raises `TypeError` where the application's data isn't JSON."""
+        log, positions, token = list(self._log), self.positions.copy(), self._token
+        for mark in log[:-_MAX_SAVED]:
+            token = mark.token
+            _advance(positions, mark)
+        saved = _Saved(
+            self.sid,
+            self.user,
+            sorted(self.rooms),
+            self.data,
+            {channel: str(position) for channel, position in positions.items()},
+            [(mark.channel, str(mark.position), mark.id) for mark in log[-_MAX_SAVED:]],
+            token,
+            self._ids,
+        )
+        return to_json(saved)
+
+    @classmethod
+    def load(cls, pid: str, text: str | bytes) -> "Session":
+        """What `save` has made. Raises `InvalidMessage` or `InvalidPosition`."""
+        saved = _read_saved(text)
+        session = cls(saved.sid, saved.user)
+        session.pid, session.data, session.rooms = pid, saved.data, set(saved.rooms)
+        session.positions = {channel: Position.parse(text) for channel, text in saved.positions.items()}
+        session._log.extend(Mark(channel, Position.parse(text), id_) for channel, text, id_ in saved.log)
+        session._token, session._ids = saved.token, saved.ids
+        return session
+
     @property
     def ids(self) -> tuple[str, ...]:
         """The events that went to several rooms and have been sent, as far as one may still come another way."""
         return self._ids
+
+
+class _Saved(msgspec.Struct, array_like=True):
+    sid: str
+    user: str | None
+    rooms: list[str]
+    data: dict[str, Any]
+    positions: dict[str, str]
+    log: list[tuple[str, str, str | None]]
+    token: str | None
+    ids: tuple[str, ...]
+
+
+_read_saved = json_decoder(_Saved)
 
 
 def _advance(positions: dict[str, Position], mark: Mark) -> None:

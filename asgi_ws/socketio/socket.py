@@ -11,13 +11,14 @@ from typing import Any, Final, Protocol, cast
 from asgi_ws import protocols
 from asgi_ws.connection import Connection
 from asgi_ws.context import Context
-from asgi_ws.exceptions import AsgiWsError, ConnectionClosed, InvalidMessage, SubscriptionDenied
+from asgi_ws.exceptions import AsgiWsError, BrokerError, ConnectionClosed, InvalidMessage, SubscriptionDenied
 from asgi_ws.frames import Frame
 from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox
+from asgi_ws.payloads import Payload
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet, check_event
-from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, pack, read_route
+from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, channel_of_session, pack, read_route
 from asgi_ws.socketio.sessions import RECOVERABLE, Mark, Session, Sessions
 
 __all__ = ["Broadcast", "ConnectionRefused", "Namespace", "Owner", "Socket", "Volatile"]
@@ -34,6 +35,9 @@ _LEAVE_TIME = 30.0
 """How many seconds a `disconnect` handler may take."""
 _SEEN = 64
 """How many of the events that went to several rooms at once a socket remembers."""
+
+_NOBODY = Payload("json", "null")
+"""In the place of a session that was taken."""
 
 Callback = Callable[..., Any]
 
@@ -217,12 +221,14 @@ class Socket:
         "_connected",
         "_held",
         "_held_size",
+        "_kept",
         "_left",
         "_namespace",
         "_outbox",
         "_own_channel",
         "_owner",
         "_pending",
+        "_pid",
         "_protocol",
         "_queue",
         "_resuming",
@@ -261,6 +267,8 @@ class Socket:
         self._session: Session | None = None
         self._resuming = False
         self._claimed: Session | None = None
+        self._kept: Session | None = None
+        self._pid: str | None = None
         self._connected = False
         self._left = False
         # What it is sent before the client knows of it.
@@ -529,6 +537,7 @@ class Socket:
             self.auth.pop("offset", None)
             if isinstance(pid, str) and (token is None or isinstance(token, str)):
                 session = self._claim(pid)
+                self._pid = pid
         self._enqueue(lambda: self._begin(session, token))
 
     def _claim(self, pid: str) -> Session | None:
@@ -541,10 +550,37 @@ class Socket:
             live.connection.cut(1008, "the client has come back on another connection")
         return cast(Sessions, namespace.sessions).take(pid, user)
 
+    async def _fetch(self, pid: str, session: Session | None) -> Session | None:
+        """The session as it was kept last, by whatever process; it is kept nowhere then."""
+        context = self._namespace.context
+        if session is not None and session.finishing is not None:
+            await asyncio.wait([session.finishing])
+        if not context.spans_processes or (session is not None and not session.shared):
+            return session
+        channel = channel_of_session(self.namespace, pid)
+        try:
+            history = await context.pubsub.history(channel, limit=1)
+            await context.pubsub.publish(channel, _NOBODY)
+            session = None
+            for publication in history.publications:
+                if publication.payload.data != _NOBODY.data:
+                    session = Session.load(pid, publication.payload.data)
+        except (BrokerError, InvalidMessage, ValueError):
+            logger.warning("a client of %r can't be recovered", self.namespace, exc_info=True)
+            return None
+        return session if session is not None and session.user == self.connection.user_id else None
+
+    async def _share(self, session: Session) -> None:
+        """Keep the session where other processes find it."""
+        try:
+            payload = Payload("json", session.save())
+            await self._namespace.context.pubsub.publish(channel_of_session(self.namespace, session.pid), payload)
+            session.shared = True
+        except (BrokerError, TypeError):
+            logger.warning("a client of %r can be recovered by this process only", self.namespace, exc_info=True)
+
     async def _resume(self, session: Session, token: str | None) -> None:
         """Go on where the client was; where that can't be, it is a new one."""
-        if session.finishing is not None:
-            await asyncio.wait([session.finishing])
         again = session.resume(token)
         if again is None:
             return
@@ -571,6 +607,8 @@ class Socket:
     async def _begin(self, session: Session | None, token: str | None) -> None:
         namespace = self._namespace
         try:
+            if self._pid is not None:
+                session = await self._fetch(self._pid, session)
             if session is not None:
                 await self._resume(session, token)
             for middleware in namespace.middlewares:
@@ -695,11 +733,14 @@ class Socket:
                 session = self._claimed
             if session is not None and reason in RECOVERABLE:
                 sessions.keep(session)
+                self._kept = session
 
     async def finish(self) -> None:
         """Leave the rooms, wait until what had come is handled, and call the `disconnect` handler. Run by the owner
         when the socket has ended."""
-        name = self.namespace
+        name, context = self.namespace, self._namespace.context
+        if self._kept is not None and context.spans_processes and context.runs_here:
+            await self._share(self._kept)
         channels = [channel_of_all(name), *(channel_of(name, room) for room in self._rooms)]
         await self._namespace.unsubscribe(channels, self)
         worker = self._worker

@@ -1,15 +1,19 @@
 import asyncio
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
 
 from asgi_ws import Hub, Limits
-from asgi_ws.brokers import Broker, MemoryBroker
-from asgi_ws.messages import Position
+from asgi_ws.brokers import Broker, HistoryBroker, MemoryBroker
+from asgi_ws.exceptions import BrokerError
+from asgi_ws.messages import History, Position, Publication, Retention
 from asgi_ws.payloads import Payload
 from asgi_ws.socketio import ConnectionRefused, Socket, SocketIO
 from asgi_ws.socketio.packets import CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet
+from asgi_ws.socketio.rooms import channel_of_session
+from asgi_ws.socketio.sessions import Session
 from tests.socketio.clients import SocketIOClient, connected
 
 pytestmark = pytest.mark.anyio
@@ -450,3 +454,157 @@ async def test_a_direct_event_waits_while_the_client_is_behind() -> None:
         sockets[0]._outbox._flush()
         await task
         assert await ann.event(client) == ["x"]
+
+
+# Several processes
+
+
+class Center:
+    """Joins brokers as if each were in a process of its own."""
+
+    def __init__(self) -> None:
+        self.memory = MemoryBroker()
+        self.sides: list[Side] = []
+
+    def deliver(self, publication: Publication) -> None:
+        for side in self.sides:
+            if publication.channel in side.channels:
+                side.deliver(dataclasses.replace(publication))
+
+
+class Side(HistoryBroker):
+    def __init__(self, center: Center) -> None:
+        self.center = center
+        self.channels: set[str] = set()
+        self.fails = False
+
+    async def start(self, deliver: Any, lost: Any) -> None:
+        self.deliver = deliver
+        if not self.center.sides:
+            await self.center.memory.start(self.center.deliver, lambda: None)
+        self.center.sides.append(self)
+
+    async def stop(self) -> None:
+        self.center.sides.remove(self)
+        if not self.center.sides:
+            await self.center.memory.stop()
+
+    async def publish(
+        self, channel: str, payload: Payload, *, sender: str | None = None, retention: Retention | None = None
+    ) -> Position | None:
+        if self.fails:
+            raise BrokerError
+        return await self.center.memory.publish(channel, payload, sender=sender, retention=retention)
+
+    async def subscribe(self, channel: str) -> None:
+        if not any(channel in side.channels for side in self.center.sides):
+            await self.center.memory.subscribe(channel)
+        self.channels.add(channel)
+
+    async def unsubscribe(self, channel: str) -> None:
+        self.channels.remove(channel)
+        if not any(channel in side.channels for side in self.center.sides):
+            await self.center.memory.unsubscribe(channel)
+
+    async def history(self, channel: str, *, since: Position | None, limit: int | None) -> History:
+        if self.fails:
+            raise BrokerError
+        return await self.center.memory.history(channel, since=since, limit=limit)
+
+    async def remember(self, name: str, value: str) -> None:
+        await self.center.memory.remember(name, value)
+
+    async def recall(self, name: str) -> str | None:
+        return await self.center.memory.recall(name)
+
+
+def pair(**options: Any) -> tuple[SocketIO, SocketIO]:
+    center = Center()
+    return make(Hub(Side(center)), **options), make(Hub(Side(center)), **options)
+
+
+async def test_rooms_reach_the_sockets_of_all_processes() -> None:
+    one, two = pair(recovery=60)
+    async with one.hub, two.hub, connected(one, {"token": "x"}) as ann, connected(two, {"token": "x"}) as bob:
+        await one.to("lobby").emit("x", b"\x01")
+        await two.to("lobby").to(ann.sids["/"]).emit("y")
+        await one.emit("z")
+        await two.except_(ann.sids["/"]).emit("for bob")
+        assert [(await ann.event())[:-1] for _ in range(3)] == [["x", b"\x01"], ["y"], ["z"]]
+        assert [(await bob.event())[:-1] for _ in range(4)] == [["x", b"\x01"], ["y"], ["z"], ["for bob"]]
+        await ann.nothing()
+
+
+async def test_a_client_is_recovered_by_whatever_process_it_comes_to() -> None:
+    one, two = pair()
+    ann = Client()
+    async with one.hub, two.hub:
+        for visit, sio in enumerate((one, two, two, one, two, one)):
+            async with connected(sio, namespace=None) as client:
+                await ann.connect(client)
+                assert ann.recovered == (visit > 0)
+                if visit:
+                    assert await ann.event(client) == ["news", visit]
+                assert await client.call("visits") == [visit + 1]
+                await client.nothing()
+            await gone(sio)
+            await one.to("lobby").emit("news", visit + 1)
+
+
+async def test_a_session_is_taken_once() -> None:
+    one, two = pair()
+    ann, thief = Client(), Client()
+    async with one.hub, two.hub:
+        async with connected(one, namespace=None) as client:
+            await ann.connect(client)
+        await gone(one)
+        thief.pid = ann.pid
+        thief.sid = ann.sid
+        async with connected(two, namespace=None) as client:
+            await ann.connect(client)
+            assert ann.recovered
+            async with connected(one, namespace=None) as other:
+                await thief.connect(other)
+                assert not thief.recovered
+
+
+@pytest.mark.parametrize("why", ["data", "broker", "another user", "nonsense"])
+async def test_what_another_process_cannot_have_it_does_not_recover(why: str, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = pair()
+    ann = Client()
+
+    @one.on("keep")
+    async def keep(socket: Socket) -> None:
+        socket.data["x"] = object()
+
+    async with one.hub, two.hub:
+        async with connected(one, namespace=None) as client:
+            await ann.connect(client)
+            if why == "data":
+                await client.call("keep")
+        await gone(one)
+        channel = channel_of_session("/", ann.pid or "")
+        if why == "broker":
+            two.hub._broker.fails = True  # type: ignore[attr-defined]
+        elif why == "another user":
+            session = Session("sid", "bob")
+            await one.hub.context.pubsub.publish(channel, Payload("json", session.save()))
+        elif why == "nonsense":
+            await one.hub.context.pubsub.publish(channel, Payload("json", "[1]"))
+        async with connected(two, namespace=None) as client:
+            if why == "broker":
+                two.hub._broker.fails = True  # type: ignore[attr-defined]
+                await client.send(Packet(CONNECT, {"pid": ann.pid, "token": "x"}))
+                assert (await client.receive()).type == CONNECT_ERROR
+                two.hub._broker.fails = False  # type: ignore[attr-defined]
+            else:
+                await ann.connect(client)
+                assert not ann.recovered
+        if why == "data":
+            # The process that had it still does.
+            async with connected(one, namespace=None) as client:
+                ann.pid = next(iter(one._sessions._sessions), None)  # type: ignore[union-attr]
+                packet = Packet(CONNECT, {"pid": ann.pid, "token": "x"})
+                await client.send(packet)
+                assert (await client.receive()).data["pid"] == ann.pid
+    assert "recovered" in caplog.text or why == "another user"

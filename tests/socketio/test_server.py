@@ -1153,6 +1153,23 @@ async def test_a_client_that_answers_no_ping_is_gone() -> None:
         assert await asyncio.wait_for(reasons.get(), 2) == "ping timeout"
 
 
+async def test_a_client_that_reads_nothing_harms_nobody() -> None:
+    sio = make(hub=Hub(limits=Limits(outbox_size=200_000)))
+    reasons: asyncio.Queue[str] = asyncio.Queue()
+
+    @sio.on("disconnect")
+    async def left(socket: Socket, reason: str) -> None:
+        reasons.put_nowait(reason)
+
+    async with connected(sio) as ann, connected(sio) as stalled:
+        for number in range(100):
+            await sio.emit("news", number, "x" * 10_000)
+            assert await ann.event() == ["news", number, "x" * 10_000]
+        assert await asyncio.wait_for(reasons.get(), 2) == "transport error"
+        assert await stalled.closed() == (1013, "slow consumer")
+        await ann.nothing()
+
+
 # As an application
 
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.messages import Position
 from asgi_ws.socketio import sessions
 from asgi_ws.socketio.sessions import Mark, Session, Sessions, token_of
@@ -97,6 +98,44 @@ def test_every_event_behind_the_named_one_is_missing_and_no_other(rooms: list[st
     assert again is not None
     missing = {(room, offset) for room in "abc" for offset in range(again.positions[room].offset + 1, counts[room] + 1)}
     assert missing == {(each.channel, each.position.offset) for each in sent[had:]}
+
+
+@quick
+@given(st.lists(st.sampled_from("ab"), max_size=12), st.data())
+def test_another_process_has_the_same_session(rooms: list[str], data: st.DataObject) -> None:
+    session = Session("sid", "ann")
+    session.data, session.rooms = {"a": [1]}, {"sid", "a", "b"}
+    sent: list[Mark] = []
+    for channel in "ab":
+        session.joined(channel, Position(0, "e"))
+    for count, room in enumerate(rooms):
+        sent.append(mark(room, rooms[: count + 1].count(room), f"id{count}" if count % 3 else None))
+        session.sent(sent[-1])
+    again = Session.load(session.pid, session.save())
+    for each in [None, *(each.token for each in sent)]:
+        one, other = session.resume(each), again.resume(each)
+        assert one is not None
+        assert other is not None
+        assert (one.positions, one.ids, one.data, one.rooms) == (other.positions, other.ids, other.data, other.rooms)
+        assert (one.pid, one.sid, one.user) == (other.pid, other.sid, other.user)
+
+
+def test_another_process_knows_the_latest_of_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_MAX_SAVED", 2)
+    session = joined("a")
+    for offset in range(1, 5):
+        session.sent(mark("a", offset))
+    again = Session.load(session.pid, session.save())
+    assert again.resume(None) is None
+    assert again.resume(mark("a", 1).token) is None
+    assert [offsets(again.resume(mark("a", offset).token)) for offset in (2, 3, 4)] == [{"a": 2}, {"a": 3}, {"a": 4}]
+    assert session.resume(None) is not None
+    session.data["x"] = object()
+    with pytest.raises(TypeError):
+        session.save()
+    for text in ("null", "[]", "{", session.save.__doc__ or ""):
+        with pytest.raises(InvalidMessage):
+            Session.load("x", text)
 
 
 @pytest.mark.anyio
