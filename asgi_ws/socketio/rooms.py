@@ -6,7 +6,6 @@ publication's sender.
 """
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any, Final
@@ -24,30 +23,22 @@ from asgi_ws.socketio.sessions import token_of
 
 __all__ = [
     "PREFIX_OF_ROOMS",
-    "PREFIX_OF_SESSIONS",
     "InvalidEvent",
     "Route",
     "SocketIOProtocol",
     "channel_of",
     "channel_of_all",
-    "channel_of_session",
     "pack",
     "read_route",
 ]
 _PREFIX = "socketio"
 PREFIX_OF_ROOMS: Final = "socketio/"
-PREFIX_OF_SESSIONS: Final = "socketio:session:"
 _MARK = "socketio:"
 Path = list[str | int]
 
 
 class InvalidEvent(AsgiWsError):
     """What came through the broker isn't an event as we publish it."""
-
-
-def channel_of_session(namespace: str, pid: str) -> str:
-    """The channel in which the session with this secret is kept for other processes."""
-    return PREFIX_OF_SESSIONS + hashlib.sha256(f"{namespace},{pid}".encode(errors="replace")).hexdigest()
 
 
 def channel_of_all(namespace: str) -> str:

@@ -19,7 +19,7 @@ from asgi_ws.hub import Hub
 from asgi_ws.messages import Retention
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, Decoder, Packet, check_event
-from asgi_ws.socketio.rooms import PREFIX_OF_ROOMS, PREFIX_OF_SESSIONS, SocketIOProtocol, channel_of
+from asgi_ws.socketio.rooms import PREFIX_OF_ROOMS, SocketIOProtocol, channel_of
 from asgi_ws.socketio.sessions import Sessions
 from asgi_ws.socketio.socket import Broadcast, Namespace, Socket
 from asgi_ws.transports import EngineTransport
@@ -92,7 +92,6 @@ class SocketIO:
         if recovery is not None:
             self._sessions = Sessions(recovery, limits.connections)
             self._context.prefixes[PREFIX_OF_ROOMS] = Retention(limits.recovery or _RETENTION, recovery)
-            self._context.prefixes[PREFIX_OF_SESSIONS] = Retention(1, recovery)
         self._namespaces: dict[str, Namespace] = {}
         self._namespace("/").served = True
         self._protocol = SocketIOProtocol(positions=recovery is not None)

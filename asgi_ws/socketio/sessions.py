@@ -5,6 +5,7 @@ connection has one order: what was sent behind that event is what the client lac
 """
 
 import asyncio
+import hashlib
 import secrets
 import zlib
 from collections import deque
@@ -15,7 +16,7 @@ import msgspec
 from asgi_ws.messages import Position
 from asgi_ws.payloads import json_decoder, to_json
 
-__all__ = ["RECOVERABLE", "Mark", "Session", "Sessions", "token_of"]
+__all__ = ["RECOVERABLE", "Mark", "Session", "Sessions", "name_of_session", "token_of"]
 
 _MAX_LOG: Final = 1000
 """How many events may be on their way to a client: one that lacks more can't say where it was."""
@@ -31,6 +32,11 @@ _MAX_SAVED: Final = 300
 def token_of(channel: str, position: Position) -> str:
     """A publication's position, for a client that can name one string for all of its rooms."""
     return f"{position}:{zlib.crc32(channel.encode()):x}"
+
+
+def name_of_session(namespace: str, pid: str) -> str:
+    """By what the session with this secret is kept for other processes."""
+    return "socketio:" + hashlib.sha256(f"{namespace},{pid}".encode()).hexdigest()
 
 
 class Mark:
@@ -181,7 +187,8 @@ class Sessions:
     """The sessions of those who have gone and may come back, for `time` seconds, and `most` of them."""
 
     def __init__(self, time: float, most: int | None) -> None:
-        self._time = time
+        self.time = time
+        """How many seconds a client is waited for."""
         self._most = most
         self._sessions: dict[str, tuple[Session, asyncio.TimerHandle]] = {}
 
@@ -192,7 +199,7 @@ class Sessions:
         """Wait for a client; the one who has been waited for longest is given up where there are too many."""
         if self._most is not None and len(self._sessions) >= self._most:
             self._sessions.pop(next(iter(self._sessions)))[1].cancel()
-        timer = asyncio.get_running_loop().call_later(self._time, self._sessions.pop, session.pid, None)
+        timer = asyncio.get_running_loop().call_later(self.time, self._sessions.pop, session.pid, None)
         self._sessions[session.pid] = (session, timer)
 
     def take(self, pid: str, user: str | None) -> Session | None:

@@ -15,11 +15,10 @@ from asgi_ws.exceptions import AsgiWsError, BrokerError, ConnectionClosed, Inval
 from asgi_ws.frames import Frame
 from asgi_ws.messages import Position, Publication
 from asgi_ws.outbox import Outbox
-from asgi_ws.payloads import Payload
 from asgi_ws.socketio.handlers import Handler
 from asgi_ws.socketio.packets import ACK, CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet, check_event
-from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, channel_of_session, pack, read_route
-from asgi_ws.socketio.sessions import RECOVERABLE, Mark, Session, Sessions
+from asgi_ws.socketio.rooms import InvalidEvent, Route, channel_of, channel_of_all, pack, read_route
+from asgi_ws.socketio.sessions import RECOVERABLE, Mark, Session, Sessions, name_of_session
 
 __all__ = ["Broadcast", "ConnectionRefused", "Namespace", "Owner", "Socket", "Volatile"]
 
@@ -35,9 +34,6 @@ _LEAVE_TIME = 30.0
 """How many seconds a `disconnect` handler may take."""
 _SEEN = 64
 """How many of the events that went to several rooms at once a socket remembers."""
-
-_NOBODY = Payload("json", "null")
-"""In the place of a session that was taken."""
 
 Callback = Callable[..., Any]
 
@@ -551,32 +547,27 @@ class Socket:
         return cast(Sessions, namespace.sessions).take(pid, user)
 
     async def _fetch(self, pid: str, session: Session | None) -> Session | None:
-        """The session as it was kept last, by whatever process; it is kept nowhere then."""
+        """The session as it was kept last, by whatever process; nobody else gets it."""
         context = self._namespace.context
         if session is not None and session.finishing is not None:
             await asyncio.wait([session.finishing])
         if not context.spans_processes or (session is not None and not session.shared):
             return session
-        channel = channel_of_session(self.namespace, pid)
         try:
-            history = await context.pubsub.history(channel, limit=1)
-            await context.pubsub.publish(channel, _NOBODY)
-            session = None
-            for publication in history.publications:
-                if publication.payload.data != _NOBODY.data:
-                    session = Session.load(pid, publication.payload.data)
+            words = await context.pubsub.take(name_of_session(self.namespace, pid))
+            session = None if words is None else Session.load(pid, words)
         except (BrokerError, InvalidMessage, ValueError):
             logger.warning("a client of %r can't be recovered", self.namespace, exc_info=True)
             return None
         return session if session is not None and session.user == self.connection.user_id else None
 
-    async def _share(self, session: Session) -> None:
+    async def _share(self, session: Session, sessions: Sessions) -> None:
         """Keep the session where other processes find it."""
         try:
-            payload = Payload("json", session.save())
-            await self._namespace.context.pubsub.publish(channel_of_session(self.namespace, session.pid), payload)
+            name = name_of_session(self.namespace, session.pid)
+            await self._namespace.context.pubsub.keep(name, session.save(), sessions.time)
             session.shared = True
-        except (BrokerError, TypeError):
+        except (BrokerError, TypeError, ValueError):
             logger.warning("a client of %r can be recovered by this process only", self.namespace, exc_info=True)
 
     async def _resume(self, session: Session, token: str | None) -> None:
@@ -740,7 +731,7 @@ class Socket:
         when the socket has ended."""
         name, context = self.namespace, self._namespace.context
         if self._kept is not None and context.spans_processes and context.runs_here:
-            await self._share(self._kept)
+            await self._share(self._kept, cast(Sessions, self._namespace.sessions))
         channels = [channel_of_all(name), *(channel_of(name, room) for room in self._rooms)]
         await self._namespace.unsubscribe(channels, self)
         worker = self._worker

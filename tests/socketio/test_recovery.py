@@ -12,8 +12,7 @@ from asgi_ws.messages import History, Position, Publication, Retention
 from asgi_ws.payloads import Payload
 from asgi_ws.socketio import ConnectionRefused, Socket, SocketIO
 from asgi_ws.socketio.packets import CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet
-from asgi_ws.socketio.rooms import channel_of_session
-from asgi_ws.socketio.sessions import Session
+from asgi_ws.socketio.sessions import Session, name_of_session
 from tests.socketio.clients import SocketIOClient, connected
 
 pytestmark = pytest.mark.anyio
@@ -511,8 +510,15 @@ class Side(HistoryBroker):
             raise BrokerError
         return await self.center.memory.history(channel, since=since, limit=limit)
 
-    async def remember(self, name: str, value: str) -> None:
-        await self.center.memory.remember(name, value)
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
+        if self.fails:
+            raise BrokerError
+        await self.center.memory.remember(name, value, ttl=ttl)
+
+    async def take(self, name: str) -> str | None:
+        if self.fails:
+            raise BrokerError
+        return await self.center.memory.take(name)
 
     async def recall(self, name: str) -> str | None:
         return await self.center.memory.recall(name)
@@ -583,14 +589,14 @@ async def test_what_another_process_cannot_have_it_does_not_recover(why: str, ca
             if why == "data":
                 await client.call("keep")
         await gone(one)
-        channel = channel_of_session("/", ann.pid or "")
+        name = name_of_session("/", ann.pid or "")
         if why == "broker":
             two.hub._broker.fails = True  # type: ignore[attr-defined]
         elif why == "another user":
             session = Session("sid", "bob")
-            await one.hub.context.pubsub.publish(channel, Payload("json", session.save()))
+            await one.hub.context.pubsub.keep(name, session.save(), 9)
         elif why == "nonsense":
-            await one.hub.context.pubsub.publish(channel, Payload("json", "[1]"))
+            await one.hub.context.pubsub.keep(name, "[1]", 9)
         async with connected(two, namespace=None) as client:
             if why == "broker":
                 two.hub._broker.fails = True  # type: ignore[attr-defined]
