@@ -178,6 +178,8 @@ class Order:
 _CONTROL = "\x1fcontrol"
 """The channel of orders. No application can make such a name."""
 _RULES = "rules"
+_BEGINS = "\x1f"
+"""Stands before the beginning of names, among patterns, which have no control characters."""
 _read_order = json_decoder(Order)
 _read_rules = json_decoder(list[tuple[str, int, float]])
 
@@ -199,6 +201,7 @@ class Context:
         self.clients: dict[str, Client] = {}
         """The open connections by their ids."""
         self._borrowed = Rules()
+        self._borrowed_prefixes: dict[str, Retention] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pubsub: PubSub | None = None
         self._presence: Presence | None = None
@@ -257,13 +260,18 @@ class Context:
     async def _share_rules(self, broker: HistoryBroker) -> None:
         """Whoever publishes from outside, without rules of his own, is to keep what the application keeps."""
         own = [(rule.pattern, rule.retention.size, rule.retention.ttl) for rule in self.rules if rule.retention]
+        own += [(_BEGINS + prefix, retention.size, retention.ttl) for prefix, retention in self.prefixes.items()]
         if own:
             await broker.remember(_RULES, to_json(own))
         elif broker.spans_processes and not any(self.rules):
             words = await broker.recall(_RULES)
             self._borrowed = Rules()
+            self._borrowed_prefixes = {}
             for pattern, size, ttl in _read_rules(words or "[]"):
-                self._borrowed.add(pattern, size, ttl)
+                if pattern.startswith(_BEGINS):
+                    self._borrowed_prefixes[pattern.removeprefix(_BEGINS)] = Retention(size, ttl)
+                else:
+                    self._borrowed.add(pattern, size, ttl)
 
     def forget(self) -> None:
         """Drop what can't be stopped any more."""
@@ -290,7 +298,7 @@ class Context:
             rule, _ = self._borrowed.find(channel)
         if rule is not None and rule.retention is not None:
             return rule.retention
-        for prefix, retention in self.prefixes.items():
+        for prefix, retention in (self.prefixes or self._borrowed_prefixes).items():
             if channel.startswith(prefix):
                 return retention
         return None

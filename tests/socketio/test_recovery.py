@@ -557,6 +557,25 @@ async def test_a_client_is_recovered_by_whatever_process_it_comes_to() -> None:
             await one.to("lobby").emit("news", visit + 1)
 
 
+async def test_what_is_published_from_outside_is_not_missed() -> None:
+    one, _ = pair()
+    outside = Hub(Side(one.hub._broker.center))  # type: ignore[attr-defined]
+    ann = Client()
+    async with one.hub:
+        async with connected(one, namespace=None) as client:
+            await ann.connect(client)
+        await gone(one)
+        async with outside:
+            await outside.publish(one.room("lobby"), "from outside")
+            await SocketIO(outside).to("lobby").emit("news", 1)
+            await outside.publish("elsewhere", "not kept")
+        async with connected(one, namespace=None) as client:
+            await ann.connect(client)
+            assert ann.recovered
+            assert await ann.event(client) == ["message", "from outside"]
+            assert await ann.event(client) == ["news", 1]
+
+
 async def test_a_session_is_taken_once() -> None:
     one, two = pair()
     ann, thief = Client(), Client()
