@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from asgi_ws.payloads import Payload
 from asgi_ws.socketio import ConnectionRefused, Socket, SocketIO
 from asgi_ws.socketio.packets import CONNECT, CONNECT_ERROR, DISCONNECT, EVENT, Packet
 from asgi_ws.socketio.sessions import Session, name_of_session
+from tests.services import RedisServer, redis_server
 from tests.socketio.clients import SocketIOClient, connected
 
 pytestmark = pytest.mark.anyio
@@ -524,13 +526,30 @@ class Side(HistoryBroker):
         return await self.center.memory.recall(name)
 
 
-def pair(**options: Any) -> tuple[SocketIO, SocketIO]:
+def pair() -> tuple[SocketIO, SocketIO]:
     center = Center()
-    return make(Hub(Side(center)), **options), make(Hub(Side(center)), **options)
+    return make(Hub(Side(center))), make(Hub(Side(center)))
 
 
-async def test_rooms_reach_the_sockets_of_all_processes() -> None:
-    one, two = pair(recovery=60)
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["joined", "redis"])
+def new_hub(request: pytest.FixtureRequest) -> Callable[[], Hub]:
+    """Makes hubs that are joined, each as if it were in a process of its own."""
+    if request.param == "joined":
+        center = Center()
+        return lambda: Hub(Side(center))
+    server = request.getfixturevalue("redis")
+    server.command("FLUSHALL")
+    return lambda: Hub(server.url)
+
+
+async def test_rooms_reach_the_sockets_of_all_processes(new_hub: Callable[[], Hub]) -> None:
+    one, two = make(new_hub()), make(new_hub())
     async with one.hub, two.hub, connected(one, {"token": "x"}) as ann, connected(two, {"token": "x"}) as bob:
         await one.to("lobby").emit("x", b"\x01")
         await two.to("lobby").to(ann.sids["/"]).emit("y")
@@ -541,8 +560,8 @@ async def test_rooms_reach_the_sockets_of_all_processes() -> None:
         await ann.nothing()
 
 
-async def test_a_client_is_recovered_by_whatever_process_it_comes_to() -> None:
-    one, two = pair()
+async def test_a_client_is_recovered_by_whatever_process_it_comes_to(new_hub: Callable[[], Hub]) -> None:
+    one, two = make(new_hub()), make(new_hub())
     ann = Client()
     async with one.hub, two.hub:
         for visit, sio in enumerate((one, two, two, one, two, one)):
@@ -557,9 +576,8 @@ async def test_a_client_is_recovered_by_whatever_process_it_comes_to() -> None:
             await one.to("lobby").emit("news", visit + 1)
 
 
-async def test_what_is_published_from_outside_is_not_missed() -> None:
-    one, _ = pair()
-    outside = Hub(Side(one.hub._broker.center))  # type: ignore[attr-defined]
+async def test_what_is_published_from_outside_is_not_missed(new_hub: Callable[[], Hub]) -> None:
+    one, outside = make(new_hub()), new_hub()
     ann = Client()
     async with one.hub:
         async with connected(one, namespace=None) as client:
@@ -576,8 +594,8 @@ async def test_what_is_published_from_outside_is_not_missed() -> None:
             assert await ann.event(client) == ["news", 1]
 
 
-async def test_a_session_is_taken_once() -> None:
-    one, two = pair()
+async def test_a_session_is_taken_once(new_hub: Callable[[], Hub]) -> None:
+    one, two = make(new_hub()), make(new_hub())
     ann, thief = Client(), Client()
     async with one.hub, two.hub:
         async with connected(one, namespace=None) as client:
