@@ -47,7 +47,7 @@ class _Events:
     def __init__(self, link: "EngineLink") -> None:
         self._link = link
         self._messages: list[Message] = []
-        self._moved = asyncio.Event()
+        self._moved: asyncio.Future[None] | None = None
         self._ended = False
 
     def message_received(self, payload: str | bytes) -> None:
@@ -63,14 +63,15 @@ class _Events:
 
     def _put(self, message: Message) -> None:
         self._messages.append(message)
-        self._moved.set()
+        if self._moved is not None and not self._moved.done():
+            self._moved.set_result(None)
         if len(self._messages) >= self._MOST:
             self._link.pause_reading()
 
     async def receive(self) -> Message:
         while not self._messages:
-            self._moved.clear()
-            await self._moved.wait()
+            self._moved = asyncio.get_running_loop().create_future()
+            await self._moved
         message = self._messages.pop(0)
         if self._link.paused and not self._messages:
             self._link.resume_reading()

@@ -1,7 +1,6 @@
 """One Engine.IO session, whatever carries its packets: what waits for its client, where the client is, and whether it
 is still there. No I/O and no clock."""
 
-from collections import deque
 from typing import Final, Literal
 
 from asgi_ws.exceptions import InvalidMessage
@@ -33,7 +32,7 @@ class Session:
         self.closing = False
         """The last that the next poll says is that the session has ended."""
         self.written = 0
-        self._frames: deque[PacketFrame] = deque()
+        self._frames: list[PacketFrame] = []
         self._queued = 0
         self._leaving = 0
 
