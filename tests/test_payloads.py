@@ -566,9 +566,6 @@ class ModelPicture(pydantic.BaseModel):
     data: bytes
 
 
-Alias = TypeAliasType("Alias", str)
-
-
 @pytest.mark.parametrize(
     ("type_", "value", "converted"),
     [
@@ -577,7 +574,7 @@ Alias = TypeAliasType("Alias", str)
         (float, 1, 1.0),
         (bytes, b"\xff", b"\xff"),
         (bytes | None, None, None),
-        (Alias, "x", "x"),
+        (Alias, {"type": "join", "name": "ann"}, DataJoin("join", "ann")),
         (dict[int, bytes], {"1": b"x"}, {1: b"x"}),
         (tuple[int, str], [1, "x"], (1, "x")),
         (
