@@ -671,7 +671,8 @@ class Socket:
     async def _handle(self, packet: Packet) -> None:
         event, *args = packet.data
         handlers = self._namespace.handlers
-        handler = handlers.get(event)
+        # A client may call an event "*", too, and doesn't choose what the handler for all takes for the name.
+        handler = handlers.get(event) if event != "*" else None
         if handler is None:
             handler = handlers.get("*")
             args = packet.data

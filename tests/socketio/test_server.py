@@ -402,6 +402,7 @@ async def test_events_without_a_handler_go_to_the_one_for_all_or_nowhere() -> No
 
     async with connected(sio) as client:
         assert await client.call("anybody's", 1, b"2") == ["anybody's", [1, b"2"]]
+        assert await client.call("*", "connect") == ["*", ["connect"]]
         await client.raw("23[7]")
         assert await client.receive() == Packet(ACK, ["7", []], id=3)
         await client.nothing()
