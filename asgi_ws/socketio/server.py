@@ -101,6 +101,7 @@ class SocketIO:
             max_payload=max_payload,
             ping_interval=ping_interval,
             ping_timeout=ping_timeout,
+            relay=lambda: self._context.relay,
         )
 
     # What the application says

@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
+from starlette.types import Receive, Scope, Send
 
 from asgi_ws import Connection, Hub, WebSocketMiddleware
 from asgi_ws.socketio import ConnectionRefused, Socket, SocketIO
 from tests.e2e.clients import connect
 from tests.e2e.socketio import NodeSocket, NodeSockets, node_sockets
 from tests.servers import OURS, STOCK, UvicornServer, serve
+from tests.services import redis_server
 
 pytestmark = pytest.mark.anyio
 
@@ -23,8 +26,8 @@ each_transport = pytest.mark.parametrize("options", [WEBSOCKET, POLLING, UPGRADE
 class Application:
     """A mounted Socket.IO server, as examples have it; what its handlers were told is in `log`."""
 
-    def __init__(self, **options: Any) -> None:
-        self.hub = Hub()
+    def __init__(self, broker: str = "memory://", **options: Any) -> None:
+        self.hub = Hub(broker)
         self.sio = sio = SocketIO(self.hub, **options)
         self.app = Starlette()
         self.app.mount("/socket.io", sio)
@@ -256,3 +259,21 @@ async def test_events_go_on_while_a_client_loses_its_connection_again_and_again(
                 numbers.append(event["args"][1])
         await publishing
         assert numbers == list(range(total))
+
+
+@each_transport
+async def test_requests_may_come_to_whatever_process(options: dict[str, Any]) -> None:
+    with redis_server() as redis:
+        one, two = Application(redis.url), Application(redis.url)
+        turns = itertools.cycle([one.app, two.app])
+
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
+            await next(turns)(scope, receive, send)
+
+        async with one.hub, two.hub, serve(front, ws=OURS, lifespan="off") as server, node_sockets() as sockets:
+            ann, bob = [await join(sockets, server, **options) for _ in range(2)]
+            for number in range(20):
+                assert await ann.call("echo", number, b"x") == [number, b"x"]
+                bob.emit("say", f"hello {number}")
+                for who in (ann, bob):
+                    assert (await who.event())[:2] == ["said", f"hello {number}"]
