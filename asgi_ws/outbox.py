@@ -16,10 +16,14 @@ __all__ = ["Outbox"]
 class _Waiting:
     """A frame that waits for its client. One that a handler sent has a future and is never dropped."""
 
-    __slots__ = ("channel", "frame", "sent")
+    __slots__ = ("channel", "frame", "sent", "size")
 
-    def __init__(self, frame: Frame, channel: str | None, sent: asyncio.Future[bool] | None = None) -> None:
+    def __init__(
+        self, frame: Frame, size: int, channel: str | None = None, sent: asyncio.Future[bool] | None = None
+    ) -> None:
         self.frame = frame
+        self.size = size
+        """How much it counts."""
         self.channel = channel
         self.sent = sent
 
@@ -79,6 +83,14 @@ class Outbox:
         elif self._ended is None:
             self._queue(frame, channel)
 
+    def recover(self, frame: Frame) -> None:
+        """Take a publication that the client has missed. It is never dropped and doesn't count: how many there are has
+        a limit of its own, and what comes behind them is to have room. Never waits, never raises."""
+        if not self._behind:
+            self._behind = not self._link.write(frame)
+        elif self._ended is None:
+            self._append(_Waiting(frame, 0))
+
     async def put(self, frame: Frame) -> None:
         """Take a message of the handler's; wait while the client is behind. Raises `ConnectionClosed`."""
         if self._ended is not None:
@@ -87,7 +99,7 @@ class Outbox:
             self._behind = not self._link.write(frame)
             return
         sent = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(frame, None, sent)
+        waiting = _Waiting(frame, frame.size, None, sent)
         self._append(waiting)
         try:
             if not await sent:
@@ -117,7 +129,7 @@ class Outbox:
             await asyncio.wait([last.sent])
 
     def _queue(self, frame: Frame, channel: str | None) -> None:
-        waiting = _Waiting(frame, channel)
+        waiting = _Waiting(frame, frame.size, channel)
         if self._overflow == "latest" and channel is not None:
             for older in self._frames:
                 if older.channel == channel:
@@ -144,16 +156,16 @@ class Outbox:
 
     def _append(self, waiting: _Waiting) -> None:
         self._frames.append(waiting)
-        self._waiting_size += waiting.frame.size
+        self._waiting_size += waiting.size
 
     def _leave(self, waiting: _Waiting, *, sent: bool) -> None:
-        self._waiting_size -= waiting.frame.size
+        self._waiting_size -= waiting.size
         if waiting.sent is not None and not waiting.sent.done():
             waiting.sent.set_result(sent)
 
     def _remove(self, waiting: _Waiting) -> None:
         self._frames.remove(waiting)
-        self._waiting_size -= waiting.frame.size
+        self._waiting_size -= waiting.size
 
     def _drop(self, waiting: _Waiting) -> None:
         self._remove(waiting)

@@ -1,8 +1,12 @@
 """Programs that tests need and that may not be installed: then the test is skipped, or, where ASGI_WS_REQUIRE names
 the program, it fails."""
 
+import contextlib
 import os
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +27,18 @@ def missing(name: str, reason: str) -> None:
     if name in required or name.removesuffix("-server") in required:
         pytest.fail(f"{reason}, and ASGI_WS_REQUIRE names {name}")
     pytest.skip(reason)
+
+
+def pause(pid: int) -> None:
+    """SIGSTOP; returns when all threads of the process stand still, where the system tells (Linux)."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+    deadline = time.monotonic() + 5
+    while threads.exists() and not all(map(_stands_still, threads.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _stands_still(thread: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    return True

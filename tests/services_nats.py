@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.programs import program
+from tests.programs import pause, program
 from tests.servers import free_port
 
 TIMEOUT = 15
@@ -73,7 +73,7 @@ class NatsServer:
     def pause(self) -> None:
         """Let it hang: its port takes connections, and nothing answers."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        pause(self._process.pid)
 
     def resume(self) -> None:
         """The end of that."""

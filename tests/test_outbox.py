@@ -223,6 +223,19 @@ async def test_what_is_of_no_channel_is_never_dropped(overflow: Overflow) -> Non
     assert client.overflows == 1
 
 
+async def test_what_was_missed_does_not_count_and_is_never_dropped() -> None:
+    client = Client(room=1, size=4, overflow="drop_oldest")
+    for number in range(5):
+        client.outbox.recover(Frame(f"missed {number}"))
+    client.push("1", "22", "333")
+    assert client.outbox.dropped == 2
+    client.link.ready()
+    assert client.link.taken == [*(f"missed {number}" for number in range(5)), "333"]
+    client.outbox.end(CLOSED, discard=True)
+    client.outbox.recover(Frame("late"))
+    assert client.link.taken[-1] == "333"
+
+
 async def test_the_size_is_counted_in_bytes() -> None:
     client = Client(room=1, size=4, overflow="drop_newest")
     client.push("first", "üü", "x")
