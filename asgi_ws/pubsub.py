@@ -12,7 +12,7 @@ from asgi_ws.brokers import Broker, HistoryBroker
 from asgi_ws.exceptions import AsgiWsError, BrokerError, PublicationsLost, SubscriberTooSlow
 from asgi_ws.messages import History, Position, Publication, Recovery, Retention
 from asgi_ws.payloads import Payload
-from asgi_ws.recovery import Stream, follows, merge, read_again_from, read_from
+from asgi_ws.recovery import Step, Stream, follows, merge, read_again_from, read_from
 
 __all__ = ["PubSub", "Subscriber", "Subscription"]
 
@@ -21,6 +21,9 @@ logger = logging.getLogger("asgi_ws")
 _CHECK_INTERVAL = 40.0
 """After how many seconds positions are compared with the broker's, so that a loss at the end of a stream is seen."""
 _CHECKS_AT_ONCE = 32
+_READS_AT_ONCE = 100
+"""Of how many channels histories are read at the same time; when a link is back, all of them have to be."""
+_STOPPED = "the hub was stopped"
 _RETRY = 0.1
 _MAX_RETRY = 2.0
 
@@ -47,6 +50,18 @@ class _Joiner:
         self.begin = begin
         self.joined: asyncio.Future[Recovery] = asyncio.get_running_loop().create_future()
 
+    def end(self, how: Recovery | BrokerError) -> None:
+        """Let it go on, unless it was cancelled."""
+        if self.joined.done():
+            return
+        if isinstance(how, Recovery):
+            self.joined.set_result(how)
+        else:
+            # One of its own: an exception that is raised twice collects the tracebacks of both.
+            error = BrokerError(str(how))
+            error.__cause__ = how.__cause__ or how
+            self.joined.set_exception(error)
+
 
 class _Channel:
     """The subscribers of one channel, how far they have got in it, and whether the broker knows that there are some."""
@@ -55,7 +70,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self.subscribers: dict[Subscriber, None] = {}
-        self.joiners: list[_Joiner] = []
+        self.joiners: dict[_Joiner, None] = {}
         self.stream: Stream | None = None
         self.reader: asyncio.Task[None] | None = None
         self.subscribed = False
@@ -68,7 +83,7 @@ class PubSub:
 
     `retention` says of which channels the broker keeps a history. Their subscribers get every publication once and in
     order; where one is missing it is read from the history, and where that hasn't got it they are told. At most
-    `limit` missed publications are passed on to one that comes back.
+    `limit` missed publications, and `size` bytes of them, are passed on to one that comes back.
     """
 
     def __init__(
@@ -76,10 +91,14 @@ class PubSub:
         broker: Broker,
         retention: Callable[[str], Retention | None] = lambda channel: None,
         limit: int | None = 300,
+        size: int | None = None,
     ) -> None:
         self._broker = broker
         self._retention = retention
         self._limit = limit
+        self._size = size
+        self._stopped = False
+        self._reads = asyncio.Semaphore(_READS_AT_ONCE)
         self._channels: dict[str, _Channel] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._check_timer: asyncio.TimerHandle | None = None
@@ -93,6 +112,7 @@ class PubSub:
 
     async def stop(self) -> None:
         """Stop the broker; nothing is delivered any more, and subscriptions end."""
+        self._stopped = True
         if self._check_timer is not None:
             self._check_timer.cancel()
         tasks = list(self._tasks)
@@ -102,7 +122,7 @@ class PubSub:
             await asyncio.wait(tasks)
         await self._broker.stop()
         for entry in self._channels.values():
-            _fail(entry.joiners, BrokerError("the hub was stopped"))
+            _end(entry, list(entry.joiners), BrokerError(_STOPPED))
         self._channels.clear()
         for subscription in self.subscriptions:
             subscription.end()
@@ -118,15 +138,14 @@ class PubSub:
         """What the broker has kept of a channel. Raises `BrokerError`, and `ValueError` when the channel keeps none."""
         if self._retention(channel) is None or not isinstance(self._broker, HistoryBroker):
             raise ValueError(f"{channel!r} has no history; declare one with hub.channel({channel!r}, history=...)")
-        history = await self._broker.history(channel, since=since, limit=limit)
         if since is None:
-            return history
-        first = history.publications[0] if history.publications else None
-        if since.epoch != history.position.epoch or not (
-            follows(since, first) if first is not None else limit == 0 or since.offset == history.position.offset
-        ):
+            return await self._broker.history(channel, since=None, limit=limit)
+        # One at least, which shows whether nothing is missing before it.
+        history = await self._broker.history(channel, since=since, limit=None if limit is None else max(limit, 1))
+        found = history.publications
+        if not (follows(since, found[0]) if found else since == history.position):
             return History((), history.position, complete=False)
-        return history
+        return History(found[:limit], history.position)
 
     async def keep(self, name: str, value: str, ttl: float) -> None:
         """Keep a few words for one who will `take` them, in whatever process. Raises `BrokerError`, and `ValueError`
@@ -199,13 +218,14 @@ class PubSub:
     # Who comes and goes
 
     async def _join(self, channel: str, entry: _Channel, joiner: _Joiner) -> Recovery:
-        entry.joiners.append(joiner)
+        if self._stopped:
+            raise BrokerError(_STOPPED)
+        entry.joiners[joiner] = None
         self._read(channel, entry)
         try:
             return await joiner.joined
         except BaseException:
-            if joiner in entry.joiners:
-                entry.joiners.remove(joiner)
+            entry.joiners.pop(joiner, None)
             entry.subscribers.pop(joiner.subscriber, None)
             self._release_if_left(channel, entry)
             raise
@@ -222,13 +242,18 @@ class PubSub:
     def _remove(self, channel: str, subscriber: Subscriber) -> bool:
         """Whether this was the channel's last subscriber."""
         entry = self._channels.get(channel)
-        if entry is None or subscriber not in entry.subscribers:
+        if entry is None:
             return False
-        del entry.subscribers[subscriber]
-        return not entry.subscribers
+        if subscriber in entry.subscribers:
+            del entry.subscribers[subscriber]
+            return not entry.subscribers
+        for joiner in [joiner for joiner in entry.joiners if joiner.subscriber is subscriber]:
+            del entry.joiners[joiner]
+            joiner.end(Recovery(False, None))
+        return False
 
     def _release_if_left(self, channel: str, entry: _Channel) -> None:
-        if not entry.subscribers and self._channels.get(channel) is entry:
+        if not entry.subscribers and not self._stopped and self._channels.get(channel) is entry:
             self._release_later([channel])
 
     def _release_later(self, channels: Iterable[str]) -> asyncio.Task[None]:
@@ -277,61 +302,69 @@ class PubSub:
 
     async def _catch_up(self, channel: str, entry: _Channel) -> None:
         stream = typing.cast(Stream, entry.stream)
-        retry = _RETRY
-        joiners: list[_Joiner] = []
+        in_vain = 0
         try:
             while entry.joiners or (stream.gap and entry.subscribers):
-                joiners, entry.joiners = entry.joiners, []
-                stream.begin()
+                failed = False
                 try:
-                    history = await self._read_for(channel, stream, joiners)
+                    async with self._reads:
+                        await self._catch_up_once(channel, entry, stream)
                 except BrokerError as error:
-                    logger.warning("the history of %r can't be read: %s", channel, error)
-                    stream.fail()
-                    _fail(joiners, error)
+                    failed = True
+                    if not in_vain:
+                        logger.warning("the history of %r can't be read: %s", channel, error)
+                in_vain = in_vain + 1 if failed or stream.gap else 0
+                # A gap that has come during one read is closed by the next, so that is made at once.
+                if failed or in_vain > 1:
+                    retry = min(_RETRY * 2 ** min(in_vain - 1, 10), _MAX_RETRY)
                     await asyncio.sleep(random.uniform(retry / 2, retry))
-                    retry = min(retry * 2, _MAX_RETRY)
-                    continue
-                # No await from here to the end of the step: nothing may come between what was missed and what is live.
-                collected, missed = stream.end(history)
-                if missed is None:
-                    _tell_lost(channel, entry)
-                else:
-                    for publication in missed:
-                        _push(entry, publication)
-                if stream.gap:
-                    # What came while we read doesn't follow; read again before anybody is let in.
-                    entry.joiners[:0] = joiners
-                else:
-                    self._let_in(entry, stream, joiners, history, collected)
-        except asyncio.CancelledError:
-            _fail(joiners, BrokerError("the hub was stopped"))
+        except BaseException as error:
+            failure = BrokerError("the history was not read")
+            failure.__cause__ = error
+            _end(entry, list(entry.joiners), failure)
             raise
         finally:
             entry.reader = None
             self._release_if_left(channel, entry)
 
-    def _let_in(
-        self,
-        entry: _Channel,
-        stream: Stream,
-        joiners: Iterable[_Joiner],
-        history: History,
-        collected: list[Publication],
-    ) -> None:
-        now = typing.cast(Position, stream.position)
+    async def _catch_up_once(self, channel: str, entry: _Channel, stream: Stream) -> None:
+        joiners = list(entry.joiners)
+        stream.begin()
+        try:
+            history = await self._read_for(channel, stream, joiners)
+        except BrokerError as error:
+            stream.fail()
+            _end(entry, joiners, error)
+            raise
+        # No await from here on: nothing may come between what was missed and what is live.
+        step = stream.end(history)
+        if step.missed is None:
+            _tell_lost(channel, entry)
+        else:
+            for publication in step.missed:
+                _push(entry, publication)
+        if step.reached or not stream.gap:
+            self._let_in(entry, typing.cast(Position, stream.position), joiners, history.position, step)
+
+    def _let_in(self, entry: _Channel, now: Position, joiners: Iterable[_Joiner], top: Position, step: Step) -> None:
+        """All who have waited for the read, at the place where the subscribers are now. What is on its way to everybody
+        isn't passed on twice."""
         for joiner in joiners:
+            entry.joiners.pop(joiner, None)
             if joiner.joined.done():
+                # It was cancelled, or has left.
                 continue
             since, recovery = joiner.since, Recovery(False, now)
-            if since is not None and since.offset <= now.offset:
-                missed = merge(since, history, collected, limit=self._limit)
-                # What is on its way to everybody isn't passed on twice.
-                count = now.offset - since.offset
-                if missed is not None and len(missed) >= count:
-                    recovery = Recovery(True, now, missed[:count])
+            # What comes after the read's end was not yet published when it was asked for.
+            if since is not None and since.offset <= top.offset and joiner.subscriber not in entry.subscribers:
+                missed = merge(since, now, step.known, limit=self._limit)
+                if missed is not None and not self._is_too_much(missed):
+                    recovery = Recovery(True, now, missed)
             self._admit(entry, joiner.subscriber, recovery, joiner.begin)
-            joiner.joined.set_result(recovery)
+            joiner.end(recovery)
+
+    def _is_too_much(self, missed: Iterable[Publication]) -> bool:
+        return self._size is not None and sum(each.payload.size for each in missed) > self._size
 
     async def _read_for(self, channel: str, stream: Stream, joiners: Iterable[_Joiner]) -> History:
         """One read, or two, for all of them, and for those who are subscribed."""
@@ -351,8 +384,8 @@ class PubSub:
     def _lost(self) -> None:
         """The broker's link was lost and is back: nothing passes until positions have been compared."""
         for channel, entry in self._channels.items():
-            if entry.stream is not None and entry.stream.position is not None:
-                entry.stream.gap = True
+            if entry.stream is not None:
+                entry.stream.doubt()
                 self._read(channel, entry)
 
     def _check_later(self) -> None:
@@ -380,7 +413,7 @@ class PubSub:
                 # When the link is back, all positions are compared.
                 return
             if stream.differs(before, history.position):
-                stream.gap = True
+                stream.doubt()
                 self._read(channel, entry)
 
     def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
@@ -403,12 +436,10 @@ def _tell_lost(channel: str, entry: _Channel) -> None:
             lost(channel)
 
 
-def _fail(joiners: Iterable[_Joiner], error: BrokerError) -> None:
+def _end(entry: _Channel, joiners: Iterable[_Joiner], error: BrokerError) -> None:
     for joiner in joiners:
-        if not joiner.joined.done():
-            failure = BrokerError(str(error))
-            failure.__cause__ = error
-            joiner.joined.set_exception(failure)
+        entry.joiners.pop(joiner, None)
+        joiner.end(error)
 
 
 class Subscription:

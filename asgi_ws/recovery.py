@@ -3,11 +3,13 @@
 Whoever comes back gets all that it missed, once and in order, or nothing of it and the word that it can't have it.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
 
 from asgi_ws.messages import History, Position, Publication
 
-__all__ = ["Stream", "follows", "merge", "read_again_from", "read_from", "top_of"]
+__all__ = ["Step", "Stream", "by_offset", "follows", "merge", "read_again_from", "read_from"]
 
 
 def follows(position: Position, publication: Publication) -> bool:
@@ -16,38 +18,28 @@ def follows(position: Position, publication: Publication) -> bool:
     return found is not None and found.offset == position.offset + 1 and found.epoch == position.epoch
 
 
-def top_of(history: History, live: Iterable[Publication]) -> Position:
-    """The latest position that is known of a channel: of what was read, and of what came while it was read."""
-    top = history.position
-    for publication in live:
-        position = publication.position
-        if position is not None and (position.epoch != top.epoch or position.offset > top.offset):
-            top = position
-    return top
+def by_offset(publications: Iterable[Publication], epoch: str) -> dict[int, Publication]:
+    """Those of one epoch; what is there twice, once."""
+    known: dict[int, Publication] = {}
+    for publication in publications:
+        if publication.position is not None and publication.position.epoch == epoch:
+            known.setdefault(publication.position.offset, publication)
+    return known
 
 
 def merge(
-    since: Position, history: History, live: Sequence[Publication], *, limit: int | None = None
+    since: Position, until: Position, known: Mapping[int, Publication], *, limit: int | None = None
 ) -> tuple[Publication, ...] | None:
-    """All publications after `since`, of what was read and what came while it was read.
+    """All publications after `since` up to `until`, out of what is known of their epoch.
 
-    `None` when it can't be all of them: when one is missing, be it the first or the last, when the position is of
-    another epoch or from the future, and when there are more than `limit`.
+    `None` when it can't be all of them: when one is missing, be it the first or the last, when `since` is of another
+    epoch or comes after `until`, and when there are more than `limit`.
     """
-    top = top_of(history, live)
-    if not since.epoch == history.position.epoch == top.epoch or since.offset > history.position.offset:
+    count = until.offset - since.offset
+    if since.epoch != until.epoch or count < 0 or (limit is not None and count > limit):
         return None
-    missed = top.offset - since.offset
-    if limit is not None and missed > limit:
-        return None
-    found: dict[int, Publication] = {}
-    for publication in (*history.publications, *live):
-        position = publication.position
-        if position is not None and position.epoch == since.epoch and position.offset > since.offset:
-            found.setdefault(position.offset, publication)
-    if len(found) != missed:
-        return None
-    return tuple(found[offset] for offset in range(since.offset + 1, top.offset + 1))
+    found = tuple(known[offset] for offset in range(since.offset + 1, until.offset + 1) if offset in known)
+    return found if len(found) == count else None
 
 
 def read_from(wanted: Iterable[Position], epoch: str) -> Position | None:
@@ -65,9 +57,22 @@ def read_again_from(
     first = read_from((each for each in wanted if oldest <= each.offset < top.offset), top.epoch)
     if first is None:
         return None
-    last = history.publications[-1].position if history.publications else None
-    reached = since is not None and since.epoch == top.epoch and since.offset <= first.offset and last == top
-    return None if reached else first
+    began_in_time = since is not None and since.epoch == top.epoch and since.offset <= first.offset
+    got_all = limit is None or len(history.publications) < limit or history.publications[-1].position == top
+    return None if began_in_time and got_all else first
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """What a read has brought.
+
+    `missed` is what the subscribers are to be given now; `None` when something is lost to them. `known` is all that is
+    known of the channel's present epoch. With `reached`, the subscribers have got as far as the read has.
+    """
+
+    missed: tuple[Publication, ...] | None
+    known: Mapping[int, Publication]
+    reached: bool
 
 
 class Stream:
@@ -77,7 +82,7 @@ class Stream:
     has been read or is known to be lost.
     """
 
-    __slots__ = ("_collected", "_reading", "_started", "gap", "position")
+    __slots__ = ("_collected", "_doubted", "_incomplete", "_reading", "_repairing", "_started", "gap", "position")
 
     MOST_COLLECTED = 10_000
     """How many publications are collected during one read; of more, the later ones have to be read again."""
@@ -86,8 +91,11 @@ class Stream:
         self.position: Position | None = None
         """Up to where everything has been passed on; `None` before the first read."""
         self.gap = False
-        """Whether something is missing, so that nothing passes."""
+        """Whether something is missing, or may be, so that nothing passes."""
         self._reading = False
+        self._repairing = False
+        self._doubted = False
+        self._incomplete = False
         self._started: Position | None = None
         self._collected: list[Publication] = []
 
@@ -96,8 +104,11 @@ class Stream:
         found = publication.position
         if found is None:
             return True
-        if self._reading and len(self._collected) < self.MOST_COLLECTED:
-            self._collected.append(publication)
+        if self._reading:
+            if len(self._collected) < self.MOST_COLLECTED:
+                self._collected.append(publication)
+            else:
+                self._incomplete = True
         now = self.position
         if now is None or self.gap:
             return False
@@ -107,9 +118,16 @@ class Stream:
         self.gap = found.epoch != now.epoch or found.offset > now.offset
         return False
 
+    def doubt(self) -> None:
+        """Something may be missing of which nothing is known here; nor does a read know that has begun already."""
+        self.gap = self.position is not None
+        self._doubted = True
+
     def begin(self) -> None:
-        """A read begins. What came before is in it, what comes from now on may be."""
-        self._reading = True
+        """A read begins: of everything behind the position, if there is a gap. What was delivered before is in it,
+        what is delivered from now on may be."""
+        self._reading, self._repairing = True, self.gap
+        self._doubted = self._incomplete = False
         self._started = self.position
         self._collected.clear()
 
@@ -118,25 +136,37 @@ class Stream:
         self._reading = False
         self._collected.clear()
 
-    def end(self, history: History) -> tuple[list[Publication], tuple[Publication, ...] | None]:
-        """The read has ended with this. What was collected meanwhile; and what the subscribers are to be given now,
-        which closes a gap, or `None` when something is lost to them. The position is the channel's latest one then."""
+    def end(self, history: History) -> Step:
+        """The read has ended with this. Where `gap` stays, it has to be read again."""
         collected, self._collected = self._collected, []
         self._reading = False
-        started, now = self._started, self.position
+        top, now, started, held = history.position, self.position, self._started, self.gap
+        known = by_offset((*history.publications, *collected), top.epoch)
+        missed: tuple[Publication, ...] | None = ()
         if now is None or started is None:
-            rest = merge(history.position, History((), history.position), collected)
-            self.gap = rest is None
-            self.position = history.position if rest is None else top_of(history, collected)
-            return collected, ()
-        missed = merge(now, history, collected)
-        went_back = history.position.epoch != started.epoch or history.position.offset < started.offset
-        if missed is None and not self.gap and not went_back:
-            # Much is on its way, more than was read; it will come.
-            return collected, ()
-        self.position = top_of(history, collected)
-        self.gap = False
-        return collected, missed
+            now, held = top, True
+        elif started.epoch != top.epoch or top.offset < started.offset:
+            # It has begun again, or has lost its end: what was passed on is of another stream.
+            missed, now, held = None, top, True
+        elif now.epoch == top.epoch and now.offset < top.offset:
+            found = merge(now, top, known)
+            if found is None and not self._repairing:
+                # Not everything behind the position was asked for. It is on its way; or there is a gap since, and the
+                # next read is made to close it.
+                self.gap |= self._doubted
+                return Step((), known, False)
+            missed, now = found, top
+        self.gap = self._doubted or (held and self._incomplete)
+        behind = list[Publication]()
+        for publication in collected if held else ():
+            if follows(now, publication):
+                now = typing.cast(Position, publication.position)
+                behind.append(publication)
+            elif not _is_behind(now, publication):
+                self.gap = True
+                break
+        self.position = now
+        return Step(None if missed is None else (*missed, *behind), known, True)
 
     def differs(self, before: Position, top: Position) -> bool:
         """Whether the channel's latest position, read while this one's was `before` or later, shows a loss."""
@@ -144,3 +174,8 @@ class Stream:
         if now is None or self.gap:
             return False
         return top.epoch != now.epoch or top.offset > now.offset or top.offset < before.offset
+
+
+def _is_behind(position: Position, publication: Publication) -> bool:
+    found = publication.position
+    return found is not None and found.epoch == position.epoch and found.offset <= position.offset
