@@ -920,10 +920,8 @@ async def test_a_first_read_that_fails_leaves_nothing(kept: Far, monkeypatch: py
     monkeypatch.setattr("asgi_ws.pubsub._RETRY", 0.01)
     kept.broker.slow = True
     joining = [await spawn(join(kept)), await spawn(join(kept))]
-    cancelled = await spawn(join(kept))
     await kept.answer()
     await kept.asked()
-    cancelled.cancel()
     kept.broker.fails = True
     kept.broker.slow = False
     kept.broker.answer()
@@ -933,6 +931,17 @@ async def test_a_first_read_that_fails_leaves_nothing(kept: Far, monkeypatch: py
     while kept.pubsub._channels:
         await asyncio.sleep(0.005)
     assert not kept.broker.subscribed
+
+
+async def test_who_was_cancelled_is_not_told_of_a_read_that_failed(kept: Far) -> None:
+    await join(kept)
+    kept.broker.slow = kept.broker.fails = True
+    joining = [asyncio.create_task(join(kept, Position(0, "e"))) for _ in range(2)]
+    await kept.asked()
+    joining[0].cancel()
+    kept.broker.answer()
+    results = await asyncio.gather(*joining, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError, BrokerError]
 
 
 async def test_a_broker_with_a_bug_leaves_nobody_waiting(kept: Far, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ __all__ = ["MemoryBroker"]
 
 _SWEEP_INTERVAL = 5.0
 """How often what has expired is looked for, in seconds."""
+_SHARES = 4096
+"""Into how many shares channels are divided, of which each has its epoch."""
 _UNSETTLED = 10.0
 """How many seconds after its grace a key has gone even if whoever let it go didn't come back to settle it."""
 
@@ -99,9 +101,9 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         self._presence: dict[str, _Presence] = {}
         self._words: dict[str, tuple[str, float]] = {}
         self._name = secrets.token_hex(4)
-        # Channels with a history share an epoch, so that it stays that of one which is forgotten before anything was
-        # published to it: none of its offsets was used. When another one is forgotten, the next epoch begins.
-        self._generation = 1
+        # Channels share epochs, so that it stays that of one which is forgotten before anything was published to it:
+        # none of its offsets was used. When another one is forgotten, the next epoch begins, for a few of them.
+        self._generations: Counter[int] = Counter()
         self._unkept = itertools.count(1)
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -110,7 +112,7 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
 
     async def stop(self) -> None:
         self._deliver = None
-        self._generation += 1
+        self._name = secrets.token_hex(4)
         self._channels.clear()
         self._presence.clear()
         if self._sweeper is not None:
@@ -127,7 +129,7 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
                 return Position(1, self._unkept_epoch())
             entry = self._channels[channel] = _Channel()
         if not entry.epoch:
-            entry.epoch = self._unkept_epoch() if retention is None else self._epoch()
+            entry.epoch = self._unkept_epoch() if retention is None else self._epoch(channel)
         entry.offset += 1
         position = Position(entry.offset, entry.epoch)
         publication = Publication(channel, payload, position, sender)
@@ -150,11 +152,12 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
 
     async def history(self, channel: str, *, since: Position | None, limit: int | None) -> History:
         entry = self._channels.get(channel)
+        if entry is not None and self._expire(channel, entry):
+            entry = None
         if entry is None:
-            return History((), Position(0, self._epoch()))
+            return History((), Position(0, self._epoch(channel)))
         if not entry.epoch:
-            entry.epoch = self._epoch()
-        self._expire(channel, entry)
+            entry.epoch = self._epoch(channel)
         top = Position(entry.offset, entry.epoch)
         kept = tuple(entry.kept or ())
         if since is None:
@@ -189,9 +192,11 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         return is_new
 
     async def leave(self, channel: str, connection: str, *, grace: float) -> None:
-        key = self._presence_of(channel).remove(connection)
+        entry = self._presence_of(channel)
+        key = entry.remove(connection)
         if key is not None:
-            self._presence[channel].lingering[key] = _now() + grace
+            entry.lingering[key] = _now() + grace
+        self._forget_if_empty(channel)
 
     async def settle(self, channel: str, key: str) -> bool:
         entry = self._presence_of(channel)
@@ -237,20 +242,26 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
     def _keep(self, entry: _Channel, publication: Publication, retention: Retention) -> None:
         if entry.kept is None or entry.kept.maxlen != retention.size:
             entry.kept = deque(entry.kept or (), retention.size)
+        elif entry.expires <= _now():
+            entry.kept.clear()
         entry.kept.append(publication)
         entry.expires = _now() + retention.ttl
         self._sweep_later()
 
-    def _expire(self, channel: str, entry: _Channel) -> None:
-        if entry.kept is not None and entry.expires <= _now():
-            entry.kept.clear()
-            self._forget_if_idle(channel, entry)
+    def _expire(self, channel: str, entry: _Channel) -> bool:
+        """Whether the channel was forgotten by that."""
+        if entry.kept is None or entry.expires > _now():
+            return False
+        entry.kept.clear()
+        return self._forget_if_idle(channel, entry)
 
-    def _forget_if_idle(self, channel: str, entry: _Channel) -> None:
-        if not entry.subscribed and not entry.kept:
-            del self._channels[channel]
-            if entry.offset and entry.epoch == self._epoch():
-                self._generation += 1
+    def _forget_if_idle(self, channel: str, entry: _Channel) -> bool:
+        if entry.subscribed or entry.kept:
+            return False
+        del self._channels[channel]
+        if entry.offset and entry.epoch == self._epoch(channel):
+            self._generations[_share(channel)] += 1
+        return True
 
     def _sweep_later(self) -> None:
         if self._sweeper is None:
@@ -265,11 +276,16 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
         if words_expire or any(entry.kept for entry in self._channels.values()):
             self._sweep_later()
 
-    def _epoch(self) -> str:
-        return f"{self._name}-{self._generation:x}"
+    def _epoch(self, channel: str) -> str:
+        """The present one of those that the channel shares it with."""
+        return f"{self._name}-{self._generations.get(_share(channel), 0):x}"
 
     def _unkept_epoch(self) -> str:
         return f"{self._name}.{next(self._unkept):x}"
+
+
+def _share(channel: str) -> int:
+    return hash(channel) % _SHARES
 
 
 def _now() -> float:
