@@ -122,8 +122,8 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
 
     @property
     def user_id(self) -> str | None:
-        """By what the user is known to `hub.disconnect` and to presence: a string, a number, or the `identity`, `id` or
-        `display_name` of an object; `None` for nobody."""
+        """By what the user is known to `hub.disconnect` and to presence: a string, a number, a UUID, or the `identity`,
+        `id` or `display_name` of an object; `None` for nobody."""
         return user_id(self.scope)
 
     @property
@@ -281,8 +281,13 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         rule, parameters = self._context.rules.find(channel)
         if rule is not None and rule.allows is not None and not await rule.allows(self, **parameters):
             raise SubscriptionDenied(channel)
+        if since is not None:
+            # What was missed comes all at once, so it is to find an empty outbox.
+            await self._opened(self._outbox).flush()
         if self._closed is not None or self._left:
             raise (self._closed or ConnectionClosed(1000)).again()
+        if channel in self._channels:
+            return Recovery(False, None)
         present = rule is not None and rule.presence
         if not present and (join_leave or info is not None):
             raise ValueError(f"{channel!r} has no presence; declare it with hub.channel(..., presence=True)")
@@ -349,7 +354,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
     def cut(self, code: int, reason: str) -> None:
         """Close at once, whatever waits. Called by the hub; never waits, never raises."""
         if self._closed is None:
-            self._refuse(code, reason)
+            self._refuse(code, _cut(reason))
 
     async def publish(self, channel: str, data: Any, *, exclude_self: bool = False) -> Position | None:
         """Publish to a channel, as `hub.publish` does; with `exclude_self` this connection doesn't get it."""

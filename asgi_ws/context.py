@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from asgi_ws._types import Overflow
 from asgi_ws.brokers import Broker, HistoryBroker, PresenceBroker
 from asgi_ws.channels import Rules, check_name
-from asgi_ws.exceptions import ConnectionClosed, HubNotRunning, InvalidMessage
+from asgi_ws.exceptions import BrokerError, ConnectionClosed, HubNotRunning, InvalidMessage
 from asgi_ws.limits import Limits
 from asgi_ws.links import Link, Receiver
 from asgi_ws.messages import Position, Publication, Retention
@@ -239,7 +239,7 @@ class Context:
 
     async def start(self, broker: Broker) -> None:
         """Begin to serve on the running loop. Raises `BrokerError`."""
-        pubsub = PubSub(broker, self.retention, self.limits.recovery)
+        pubsub = PubSub(broker, self.retention, self.limits.recovery, self.limits.outbox_size // 2)
         await pubsub.start()
         try:
             if broker.spans_processes:
@@ -267,11 +267,14 @@ class Context:
             words = await broker.recall(_RULES)
             self._borrowed = Rules()
             self._borrowed_prefixes = {}
-            for pattern, size, ttl in _read_rules(words or "[]"):
-                if pattern.startswith(_BEGINS):
-                    self._borrowed_prefixes[pattern.removeprefix(_BEGINS)] = Retention(size, ttl)
-                else:
-                    self._borrowed.add(pattern, size, ttl)
+            try:
+                for pattern, size, ttl in _read_rules(words or "[]"):
+                    if pattern.startswith(_BEGINS):
+                        self._borrowed_prefixes[pattern.removeprefix(_BEGINS)] = Retention(size, ttl)
+                    else:
+                        self._borrowed.add(pattern, size, ttl)
+            except (InvalidMessage, ValueError) as error:
+                raise BrokerError(f"the application's rules can't be read: {error}") from error
 
     def forget(self) -> None:
         """Drop what can't be stopped any more."""
@@ -293,6 +296,9 @@ class Context:
 
     def retention(self, channel: str) -> Retention | None:
         """How much of a channel is kept."""
+        if channel.startswith("\x1f"):
+            # Orders and events are of the moment, whatever a pattern matches.
+            return None
         rule, _ = self.rules.find(channel)
         if rule is None:
             rule, _ = self._borrowed.find(channel)
@@ -314,13 +320,16 @@ class Context:
         pubsub, presence = self._pubsub, self._presence
         if pubsub is None:
             return
-        channels = list(channels)
-        for channel in watched:
-            if presence is not None:
-                presence.unwatch(channel)
-        await pubsub.unsubscribe([*channels, *map(events_of, watched)], client)
+        channels, watched = list(channels), list(watched)
+        leaving = list[asyncio.Task[None]]()
         if presence is not None:
-            await asyncio.gather(*(presence.leave(channel, client.id) for channel in channels))
+            for channel in watched:
+                presence.unwatch(channel)
+            # At once: whoever leaves may be cancelled, and nobody may be said to be here who isn't.
+            leaving = [task for channel in channels if (task := presence.leave(channel, client.id))]
+        await pubsub.unsubscribe([*channels, *map(events_of, watched)], client)
+        if leaving:
+            await asyncio.wait(leaving)
 
     async def order(self, order: Order) -> None:
         """Have it done in every process. Raises `BrokerError`."""

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import sys
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Literal, Self, TypeVar, overload
 
@@ -245,7 +246,7 @@ class Hub:
     async def disconnect(
         self,
         *,
-        user: str | int | None = None,
+        user: str | int | uuid.UUID | None = None,
         connection: Connection[Any, Any] | str | None = None,
         code: int = 1008,
         reason: str = "disconnected",

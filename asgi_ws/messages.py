@@ -32,7 +32,7 @@ class Position:
         offset, found, epoch = text.partition(":")
         if not (found and 0 < len(epoch) <= 64 and epoch.isprintable() and len(offset) <= 16):
             raise InvalidPosition(text)
-        if not (offset.isascii() and offset.isdecimal() and int(offset) <= _MAX_OFFSET):
+        if not (offset.isascii() and offset.isdecimal() and int(offset) <= _MAX_OFFSET and str(int(offset)) == offset):
             raise InvalidPosition(text)
         return cls(int(offset), epoch)
 

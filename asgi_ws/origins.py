@@ -6,8 +6,9 @@ checked here, by parsed values and never by prefixes. A request without one does
 
 import contextlib
 import re
+import uuid
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from starlette.types import Scope
 
@@ -16,6 +17,7 @@ __all__ = ["Origin", "OriginPolicy", "parse_origin", "user_id"]
 Origin = tuple[str, str, int]
 """Scheme, host, port."""
 
+_Id = str | int | uuid.UUID
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _SCHEMES = {"ws": "http", "wss": "https", "http": "http", "https": "https"}
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::(?P<port>[0-9]{1,5}))?", re.ASCII)
@@ -82,20 +84,16 @@ def _own_origin(scope: Scope) -> Origin | None:
 
 
 def user_id(scope: Scope) -> str | None:
-    """Who a middleware says that the user is: a string, a number, or the `identity`, `id` or `display_name` of an
-    object; `None` for nobody."""
-    return _user_id(scope.get("user"))
-
-
-def _user_id(user: Any) -> str | None:
-    if user is None or isinstance(user, str):
-        return user or None
-    if isinstance(user, int):
-        return str(user)
+    """Who a middleware says that the user is: a string, a number, a UUID, or the `identity`, `id` or `display_name` of
+    an object; `None` for nobody."""
+    user = scope.get("user")
+    if user is None or isinstance(user, _Id):
+        return None if user is None else str(user) or None
     if getattr(user, "is_authenticated", True) is False:
         return None
     for name in ("identity", "id", "display_name"):
         # Starlette's own users have an identity that isn't implemented.
         with contextlib.suppress(AttributeError, NotImplementedError):
-            return _user_id(getattr(user, name))
+            value = getattr(user, name)
+            return str(value) if isinstance(value, _Id) and value != "" else None
     return None

@@ -23,6 +23,10 @@ REFRESH_INTERVAL = 25.0
 GRACE = 5.0
 """How many seconds a user may be away, between two connections, without having left."""
 
+LATER = 0.25
+"""How much later it is asked whether that has ended, so that the broker's clock has got there, too."""
+_REFRESHES_AT_ONCE = 32
+
 _EVENTS = "\x1fpresence:"
 """What the channel of a channel's events begins with. No application can make such a name."""
 
@@ -96,20 +100,24 @@ class Presence:
             if is_new:
                 await self._tell(PresenceEvent("join", channel, member.user, member.connection, member.info))
         except BaseException:
-            await self.leave(channel, member.connection)
+            self.leave(channel, member.connection)
             raise
-        await self._forget_those_who_left(channel, [member.connection])
+        await self._forget_those_who_left(channel, [member])
 
-    async def leave(self, channel: str, connection: str) -> None:
-        """A connection has gone; others hear of it if nobody of the same user is there some seconds later."""
+    def leave(self, channel: str, connection: str) -> asyncio.Task[None] | None:
+        """A connection has gone, from this call on; others hear of it if nobody of the same user is there some seconds
+        later. The task tells the broker; there is none for one that wasn't here."""
         members = self._members.get(channel, {})
         member = members.pop(connection, None)
         if not members:
             self._members.pop(channel, None)
-        if member is None:
-            return
+        if member is None or self._stopped:
+            return None
+        return self._start(self._tell_broker(channel, member))
+
+    async def _tell_broker(self, channel: str, member: Member) -> None:
         try:
-            await self._broker.leave(channel, connection, grace=GRACE)
+            await self._broker.leave(channel, member.connection, grace=GRACE)
         except BrokerError as error:
             logger.warning("the broker could not be told who left %r; they expire: %s", channel, error)
         self._settle_later(channel, member)
@@ -135,7 +143,7 @@ class Presence:
     def unwatch(self, channel: str) -> None:
         """The end of that."""
         self._watched[channel] -= 1
-        if not self._watched[channel]:
+        if self._watched[channel] <= 0:  # less, when the hub was started anew meanwhile
             del self._watched[channel]
 
     async def stop(self) -> None:
@@ -160,8 +168,7 @@ class Presence:
             self._timers.discard(timer)
             self._start(self._settle(channel, member))
 
-        # A little later, so that the broker's clock has got there, too.
-        timer = asyncio.get_running_loop().call_later(GRACE + 0.25, settle)
+        timer = asyncio.get_running_loop().call_later(GRACE + LATER, settle)
         self._timers.add(timer)
 
     async def _settle(self, channel: str, member: Member) -> None:
@@ -181,34 +188,46 @@ class Presence:
         self._start(self._refresh_all())
 
     async def _refresh_all(self) -> None:
-        for channel in {**self._members, **self._watched}:
-            members = {each.connection: (each.key, to_json(each)) for each in self._members.get(channel, {}).values()}
+        waiting = iter({**self._members, **self._watched})
+        # Many at a time: all have to be done before the first expire.
+        outcomes = await asyncio.gather(*(self._refresh_some(waiting) for _ in range(_REFRESHES_AT_ONCE)))
+        errors = [error for error in outcomes if error is not None]
+        if errors:
+            logger.warning("who is in some channels could not be refreshed: %s", errors[0])
+        if self._members or self._watched:
+            self._refresh_later()
+
+    async def _refresh_some(self, waiting: Iterable[str]) -> BrokerError | None:
+        failure = None
+        for channel in waiting:
+            here = list(self._members.get(channel, {}).values())
+            members = {each.connection: (each.key, to_json(each)) for each in here}
             try:
                 gone = await self._broker.refresh(channel, members, expiry=EXPIRY)
-                await self._forget_those_who_left(channel, members)
+                await self._forget_those_who_left(channel, here)
                 for key in gone:
                     kind, _, name = key.partition(":")
                     user, connection = (name, None) if kind == "u" else (None, name)
                     await self._tell(PresenceEvent("leave", channel, user, connection))
             except BrokerError as error:
-                logger.warning("who is in %r could not be refreshed: %s", channel, error)
-        if self._members or self._watched:
-            self._refresh_later()
+                failure = error
+        return failure
 
-    async def _forget_those_who_left(self, channel: str, connections: Iterable[str]) -> None:
+    async def _forget_those_who_left(self, channel: str, members: Iterable[Member]) -> None:
         """Whoever left while the broker was told that he is there may have been entered again by that."""
         here = self._members.get(channel, {})
-        for connection in connections:
-            if connection not in here:
-                await self._broker.leave(channel, connection, grace=GRACE)
+        for member in members:
+            if member.connection not in here:
+                await self._tell_broker(channel, member)
 
     async def _tell(self, event: PresenceEvent) -> None:
         await self._pubsub.publish(events_of(event.channel), Payload("json", to_json(event)))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="asgi_ws presence")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 class _Events(Subscription):

@@ -3,6 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asgi_ws.channels import MAX_LENGTH, Rules, check_name, compile_pattern
+from asgi_ws.messages import Retention
 
 quick = settings(max_examples=60, deadline=None, database=None)
 
@@ -126,3 +127,30 @@ def test_a_pattern_has_one_rule() -> None:
     rules.add("room:{name}")
     with pytest.raises(ValueError, match=r"'room:\{name\}' has a rule already"):
         rules.add("room:{name}")
+
+
+def test_a_rule_says_what_is_kept_and_for_how_long() -> None:
+    rules = Rules()
+    assert rules.add("a").retention is None
+    assert rules.add("b", history=1).retention == Retention(1, 24 * 60 * 60)
+    assert rules.add("c", history=100_000, ttl=3).retention == Retention(100_000, 3.0)
+    assert not rules.add("d", history=0).presence
+    assert rules.add("e", presence=True).presence
+    assert [rule.pattern for rule in rules] == list("abcde")
+
+
+@pytest.mark.parametrize("history", [-1, 100_001, 1.5, "10", None])
+def test_a_history_is_a_number_of_publications_that_can_be_kept(history: object) -> None:
+    with pytest.raises(ValueError, match="must be a number of publications, 0 to 100000"):
+        Rules().add("a", history=history)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ttl", [0, -1.0, float("nan"), float("inf"), 366 * 24 * 60 * 60 + 1])
+def test_a_time_to_keep_is_a_number_of_seconds(ttl: float) -> None:
+    with pytest.raises(ValueError, match="must be a number of seconds"):
+        Rules().add("a", history=1, ttl=ttl)
+
+
+def test_a_time_without_a_history_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="there is nothing to keep"):
+        Rules().add("a", ttl=5)

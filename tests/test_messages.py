@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from asgi_ws.exceptions import InvalidPosition
 from asgi_ws.messages import Position, Publication
 from asgi_ws.payloads import Payload, encode
 
@@ -55,3 +56,37 @@ def test_values_that_travel_are_frozen(value: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, name, 2)
     assert not hasattr(value, "__dict__")
+
+
+@pytest.mark.parametrize("position", [Position(0, "e"), Position(2**53 - 1, "a-b:c.1"), Position(12, "x" * 64)])
+def test_a_position_is_read_from_its_own_words(position: Position) -> None:
+    assert Position.parse(str(position)) == position
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":",
+        "1",
+        "1:",
+        ":e",
+        "-1:e",
+        "+1:e",
+        "1.0:e",
+        "01:e",
+        "1_0:e",
+        " 1:e",
+        "²:e",
+        "٣:e",
+        "9007199254740992:e",
+        "1" * 5000 + ":e",
+        "1:" + "e" * 65,
+        "1:e\n",
+        "1:\x00",
+        "1:\ud800",
+    ],
+)
+def test_other_words_are_no_position(text: str) -> None:
+    with pytest.raises(InvalidPosition, match="not a position"):
+        Position.parse(text)
