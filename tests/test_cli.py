@@ -1,3 +1,4 @@
+import argparse
 import asyncio
 import concurrent.futures
 import contextlib
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -22,7 +24,10 @@ from starlette.exceptions import HTTPException
 from websockets.asyncio.server import ServerConnection
 
 from asgi_ws import Connection, Hub, WebSocketMiddleware
-from asgi_ws.cli import main
+from asgi_ws.cli import _watch, main
+from asgi_ws.messages import Position, Retention
+from asgi_ws.payloads import Payload, encode
+from tests.bus import Bus, BusBroker
 from tests.servers import UvicornServer, free_port, run_process, serve
 
 STAMP = re.compile(r"^\d\d:\d\d:\d\d\.\d\d\d ", re.MULTILINE)
@@ -724,3 +729,144 @@ def test_a_missing_extra_is_said_in_one_line(
     assert main(command) == 1
     expected = 'asgi-ws: this needs websockets: pip install "asgi-ws-hub[standard]"\n'
     assert capsys.readouterr() == ("", expected)
+
+
+# publish and watch
+
+
+@pytest.fixture
+def bus(monkeypatch: pytest.MonkeyPatch) -> Bus:
+    """What `bus://` is."""
+    bus = Bus()
+    monkeypatch.setattr("asgi_ws.hub.broker_for", lambda url: BusBroker(bus))
+    return bus
+
+
+class Heard:
+    """What passes on a bus."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.data: list[object] = []
+        publish = bus.publish
+
+        async def listen(channel: str, payload: Payload, sender: str | None, retention: Retention | None) -> object:
+            self.data.append(payload.decode())
+            return await publish(channel, payload, sender, retention)
+
+        bus.publish = listen  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data"),
+    [
+        (['{"a": 1}'], {"a": 1}),
+        (["17"], 17),
+        (['"17"'], "17"),
+        (["hello"], "hello"),
+        (["{"], "{"),
+        (["--text", "17"], "17"),
+    ],
+)
+def test_publish_sends_json_or_text(
+    bus: Bus, capsys: pytest.CaptureFixture[str], arguments: list[str], data: object
+) -> None:
+    heard = Heard(bus)
+    assert main(["publish", "bus://", "a", *arguments]) == 0
+    assert heard.data == [data]
+    assert capsys.readouterr().out == "published\n"
+
+
+def test_publish_reads_the_standard_input_and_shows_the_position(
+    bus: Bus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(bus.store.remember("rules", '[["a", 10, 60.0]]'))
+    heard = Heard(bus)
+    monkeypatch.setattr("sys.stdin", io.StringIO("[1,\n2]"))
+    assert main(["publish", "bus://", "a", "-"]) == 0
+    assert heard.data == [[1, 2]]
+    position = Position.parse(capsys.readouterr().out.strip())
+    assert position.offset == 1
+
+
+@pytest.mark.parametrize("command", [["publish", "{url}", "{channel}", "1"], ["watch", "{url}", "{channel}"]])
+@pytest.mark.parametrize(
+    ("url", "channel", "words"),
+    [
+        ("memory://", "a", "is the memory of one process"),
+        ("bus://", "", "a channel's name has 1 to 255 characters"),
+    ],
+)
+def test_what_can_not_be_done_is_told_in_a_line(
+    bus: Bus, capsys: pytest.CaptureFixture[str], command: list[str], url: str, channel: str, words: str
+) -> None:
+    assert main([word.format(url=url, channel=channel) for word in command]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("asgi-ws: ")
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_publish_says_when_it_may_not_have_gone_out(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    bus.fails = True
+    assert main(["publish", "bus://", "a", "1"]) == 1
+    assert capsys.readouterr().err == "asgi-ws: no answer\n"
+
+
+def test_watch_begins_at_a_position(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["watch", "bus://", "a", "--since", "never"])
+    assert error.value.code == 2
+    assert "not a position: 'never'" in capsys.readouterr().err
+
+
+@pytest.mark.anyio
+async def test_watch_shows_what_passes_until_the_hub_stops(bus: Bus, capsys: pytest.CaptureFixture[str]) -> None:
+    await bus.store.remember("rules", '[["a", 3, 60.0]]')
+    arguments = argparse.Namespace(url="bus://", channel="a", since=Position(7, "over"))
+    watching = asyncio.create_task(_watch(arguments))
+    out, err = "", ""
+
+    async def until(words: str) -> None:
+        nonlocal out, err
+        async with asyncio.timeout(2):
+            while words not in out + err:
+                await asyncio.sleep(0.002)
+                shown = capsys.readouterr()
+                out, err = out + shown.out, err + shown.err
+
+    await until("can't be had")
+    position = await bus.publish("a", encode("one\x1b[31m"), None, Retention(3, 60))
+    await until(f"{position} one\\x1b[31m\n")
+    await bus.forget_all()
+    bus.brokers[0].mend()
+    await until("were lost; load its state anew")
+    position = await bus.publish("a", encode(b"\x00\x01"), None, Retention(3, 60))
+    await until(f"{position} (2 bytes) 00 01\n")
+    watching.cancel()
+    await asyncio.wait([watching])
+    watching = asyncio.create_task(_watch(argparse.Namespace(url="bus://", channel="unkept", since=None)))
+    async with asyncio.timeout(2):
+        while not (bus.brokers and "unkept" in bus.brokers[0].subscribed):
+            await asyncio.sleep(0)
+    await bus.publish("unkept", encode({"a": 1}), None, None)
+    await until('{"a":1}\n')
+    assert out.endswith('\n{"a":1}\n')
+    pubsub = bus.brokers[0]._deliver.__self__  # type: ignore[union-attr]
+    for subscription in pubsub.subscriptions:
+        subscription.end()
+    await watching
+    assert bus.brokers == []
+
+
+@pytest.mark.parametrize("terminal", [io.StringIO(), io.TextIOWrapper(io.BytesIO(), "ascii")], ids=["text", "ascii"])
+def test_watch_shows_whatever_the_terminal_can(monkeypatch: pytest.MonkeyPatch, terminal: typing.TextIO) -> None:
+    async def show(arguments: argparse.Namespace) -> None:
+        print("é", end="")
+
+    monkeypatch.setattr("asgi_ws.cli._watch", show)
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(["watch", "bus://", "a"]) == 0
+    if isinstance(terminal, io.StringIO):
+        assert terminal.getvalue() == "é"
+    else:
+        assert terminal.buffer.getvalue() == b"\\xe9"  # type: ignore[attr-defined]

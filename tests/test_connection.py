@@ -5,12 +5,14 @@ import dataclasses
 import gc
 import logging
 import typing
+import uuid
 
 import anyio
 import fastapi
 import msgspec
 import pydantic
 import pytest
+from starlette.authentication import SimpleUser, UnauthenticatedUser
 from starlette.exceptions import HTTPException, WebSocketException
 
 from asgi_ws import (
@@ -20,10 +22,14 @@ from asgi_ws import (
     InvalidChannel,
     InvalidMessage,
     Limits,
+    Publication,
     SubscriptionDenied,
     WebSocketMiddleware,
 )
+from asgi_ws.connection import _user_id
+from asgi_ws.presence import Member
 from asgi_ws.testing import Refused, connect
+from tests.bus import Bus, BusBroker
 
 pytestmark = pytest.mark.anyio
 
@@ -828,3 +834,206 @@ async def test_ids_differ(hub: Hub, app: WebSocketMiddleware) -> None:
         async with connect(app, "/") as client:
             ids.add(await client.receive())
     assert len(ids) == 10
+
+
+# Histories and presence
+
+
+def feeding(hub: Hub) -> None:
+    hub.channel("feed", history=5)
+
+    @hub.websocket("/")
+    async def feed(conn: Connection[str, Publication]) -> None:
+        await conn.subscribe("feed", since=conn.query_params.get("since"))
+        await asyncio.Event().wait()
+
+
+async def test_a_client_that_comes_back_is_told_how_it_began_and_gets_what_it_missed(
+    hub: Hub, app: WebSocketMiddleware
+) -> None:
+    feeding(hub)
+    async with connect(app, "/") as client:
+        began = await client.receive_json()
+        assert (began["recovered"], began["channel"]) == (False, "feed")
+        await hub.publish("feed", 1)
+        seen = await client.receive_json()
+        assert seen["data"] == 1
+        await hub.publish("feed", 2)
+        await hub.publish("feed", b"3")
+        async with connect(app, f"/?since={seen['position']}") as again:
+            found = [await again.receive_json() for _ in range(3)]
+            assert [(each.get("data"), each.get("base64")) for each in found[1:]] == [(2, None), (None, "Mw==")]
+            position = found[-1]["position"]
+            assert found[0] == {"channel": "feed", "recovered": True, "position": position}
+
+
+async def test_a_position_that_is_none_refuses_the_client(hub: Hub, app: WebSocketMiddleware) -> None:
+    feeding(hub)
+    async with connect(app, "/?since=never") as client:
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.receive()
+    assert (closed.value.code, closed.value.reason) == (1008, "not a position: 'never'")
+
+
+async def test_a_client_to_which_publications_are_lost_is_closed_so_that_it_comes_back() -> None:
+    bus = Bus()
+    broker = BusBroker(bus)
+    hub = Hub(broker)
+    feeding(hub)
+    async with connect(WebSocketMiddleware(nothing, hub=hub), "/") as client:
+        await client.receive_json()
+        await bus.forget_all()
+        broker.mend()
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.receive()
+    assert (closed.value.code, closed.value.reason) == (1013, "insufficient state")
+
+
+async def test_a_connection_that_is_closed_can_not_be_cut(hub: Hub, app: WebSocketMiddleware) -> None:
+    @hub.websocket("/")
+    async def close(conn: Connection) -> None:
+        await conn.close(4000, "enough")
+        conn.cut(1008, "too late")
+
+    async with connect(app, "/") as client:
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.receive()
+    assert closed.value.code == 4000
+
+
+async def test_one_that_subscribes_twice_at_once_is_subscribed_once(hub: Hub, app: WebSocketMiddleware) -> None:
+    @hub.channel("slow", history=5)
+    async def allow(conn: Connection) -> bool:
+        await asyncio.sleep(0)
+        return True
+
+    @hub.websocket("/")
+    async def subscribe(conn: Connection[str, Publication]) -> None:
+        first = await hub.publish("slow", 1)
+        await hub.publish("slow", 2)
+        found = await asyncio.gather(conn.subscribe("slow", since=first), conn.subscribe("slow", since=first))
+        assert sorted(each.recovered for each in found) == [False, True]
+        await hub.publish("slow", 3)
+        await asyncio.Event().wait()
+
+    async with connect(app, "/") as client:
+        assert [(await client.receive_json()).get("data") for _ in range(3)] == [None, 2, 3]
+
+
+async def test_who_asks_for_it_is_told_who_comes_and_who_goes(
+    hub: Hub, app: WebSocketMiddleware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asgi_ws.presence.GRACE", 0.01)
+    monkeypatch.setattr("asgi_ws.presence.LATER", 0.01)
+    hub.channel("room", presence=True)
+
+    @hub.websocket("/{name}")
+    async def visit(conn: Connection, name: str) -> None:
+        conn.user = name
+        assert conn.user == name
+        await conn.subscribe("room", join_leave=name == "ann")
+        async for _ in conn:
+            await conn.unsubscribe("room")
+            await conn.send("left")
+
+    async with connect(app, "/ann") as ann:
+        assert (await ann.receive_json())["user"] == "ann"
+        async with connect(app, "/bob"):
+            joined = await ann.receive_json()
+            assert (joined["type"], joined["channel"], joined["user"]) == ("join", "room", "bob")
+        left = await ann.receive_json()
+        assert (left["type"], left["user"], left["connection"]) == ("leave", "bob", joined["connection"])
+        await ann.send("leave")
+        assert await ann.receive() == "left"
+        assert await hub.presence("room") == []
+        assert not hub.context.presence._watched
+
+
+@pytest.mark.parametrize("options", [{"info": 1}, {"join_leave": True}])
+async def test_a_channel_without_presence_knows_nobody(
+    hub: Hub, app: WebSocketMiddleware, options: dict[str, typing.Any]
+) -> None:
+    @hub.websocket("/")
+    async def visit(conn: Connection) -> None:
+        with pytest.raises(ValueError, match="'room' has no presence"):
+            await conn.subscribe("room", **options)
+        await conn.send("refused")
+
+    async with connect(app, "/") as client:
+        assert await client.receive() == "refused"
+
+
+async def test_who_can_not_be_entered_is_not_subscribed(hub: Hub, app: WebSocketMiddleware) -> None:
+    hub.channel("room", presence=True)
+
+    @hub.websocket("/")
+    async def visit(conn: Connection) -> None:
+        with pytest.raises(TypeError):
+            await conn.subscribe("room", info=object(), join_leave=True)
+        assert not conn.channels
+        assert not hub.context.pubsub._channels
+        await conn.send("refused")
+
+    async with connect(app, "/") as client:
+        assert await client.receive() == "refused"
+
+
+async def test_a_handler_that_is_cancelled_while_it_leaves_is_nowhere() -> None:
+    bus = Bus()
+    broker = BusBroker(bus)
+    hub = Hub(broker)
+    hub.channel("room", presence=True)
+    async with hub:
+
+        class Leaving:
+            id = "1"
+            user_id = None
+
+            def cut(self, code: int, reason: str) -> None: ...
+
+            def push(self, publication: Publication) -> None: ...
+
+        client = Leaving()
+        await hub.context.pubsub.subscribe("room", client)
+        await hub.context.presence.enter("room", Member("1"))
+        broker.slow = True
+        leaving = asyncio.create_task(hub.context.leave(["room"], [], client))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.wait([leaving])
+        assert not hub.context.presence._members
+        broker.slow = False
+        while broker.is_asked:
+            broker.answer()
+            await asyncio.sleep(0)
+        assert await hub.presence("room") == []
+
+
+class Person:
+    def __init__(self, **attributes: typing.Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("user", "user_id"),
+    [
+        (None, None),
+        ("", None),
+        ("ann", "ann"),
+        (7, "7"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (Person(id=uuid.UUID(int=1)), "00000000-0000-0000-0000-000000000001"),
+        (Person(identity="ann", id=7), "ann"),
+        (Person(id=7, display_name="Ann"), "7"),
+        (Person(id=0), "0"),
+        (Person(id=None), None),
+        (Person(id=""), None),
+        (Person(id=object()), None),
+        (SimpleUser("ann"), "ann"),
+        (UnauthenticatedUser(), None),
+        (Person(id=7, is_authenticated=False), None),
+        (Person(), None),
+    ],
+)
+async def test_a_user_is_known_by_what_identifies_it(user: typing.Any, user_id: str | None) -> None:
+    assert _user_id(user) == user_id

@@ -15,10 +15,13 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from asgi_ws import (
+    BrokerError,
     Connection,
     ConnectionClosed,
     Hub,
     HubNotRunning,
+    InvalidChannel,
+    InvalidPosition,
     Limits,
     Position,
     Publication,
@@ -26,9 +29,11 @@ from asgi_ws import (
     SubscriptionDenied,
     WebSocketMiddleware,
 )
-from asgi_ws.brokers import MemoryBroker
+from asgi_ws.brokers import Broker, MemoryBroker
 from asgi_ws.payloads import encode
+from asgi_ws.presence import Member, PresenceStats
 from asgi_ws.testing import Client, connect, request
+from tests.bus import Bus, BusBroker
 
 pytestmark = pytest.mark.anyio
 
@@ -466,3 +471,182 @@ async def test_workers_that_dont_share_the_memory_broker_are_warned_of(
     monkeypatch.setattr("asgi_ws.hub.worker_count", lambda: 2)
     async with Hub():
         assert "2 workers don't share the memory broker" in caplog.text
+
+
+# Histories
+
+
+async def test_a_history_is_read_and_a_subscription_begins_in_it() -> None:
+    hub = Hub()
+    hub.channel("kept", history=3)
+    async with hub:
+        positions = [await hub.publish("kept", number) for number in range(1, 6)]
+        history = await hub.history("kept", limit=2)
+        assert ([each.data for each in history.publications], history.position) == ([4, 5], positions[-1])
+        assert [each.data for each in (await hub.history("kept", since=str(positions[3]))).publications] == [5]
+        assert not (await hub.history("kept", since=positions[0])).complete
+        async with hub.subscribe("kept", since=str(positions[2])) as publications:
+            assert publications.recovery.recovered
+            assert [(await anext(publications)).data for _ in range(2)] == [4, 5]
+
+
+async def test_what_can_not_be_asked_of_a_history() -> None:
+    hub = Hub()
+    hub.channel("kept", history=3)
+    async with hub:
+        for limit in (-1, 100_001):
+            with pytest.raises(ValueError, match="must be a number of publications, 0 to 100000"):
+                await hub.history("kept", limit=limit)
+        with pytest.raises(ValueError, match="'other' has no history"):
+            await hub.history("other")
+        with pytest.raises(InvalidPosition):
+            await hub.history("kept", since="never")
+        with pytest.raises(InvalidPosition):
+            hub.subscribe("kept", since="never")
+        with pytest.raises(InvalidChannel):
+            await hub.history("")
+
+
+class PlainBroker(Broker):
+    """One that does what every broker does, and no more."""
+
+    async def start(self, deliver: typing.Any, lost: typing.Any) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def publish(self, channel: str, payload: typing.Any, *, sender: str | None = None) -> None: ...
+
+    async def subscribe(self, channel: str) -> None: ...
+
+    async def unsubscribe(self, channel: str) -> None: ...
+
+
+async def test_a_rule_asks_for_what_the_broker_has() -> None:
+    hub = Hub(PlainBroker())
+    with pytest.raises(ValueError, match="'a': PlainBroker keeps no history"):
+        hub.channel("a", history=1)
+    with pytest.raises(ValueError, match="'a': PlainBroker can't tell who is in a channel"):
+        hub.channel("a", presence=True)
+    async with hub:
+        with pytest.raises(ValueError, match="can't tell who is in a channel"):
+            await hub.presence("a")
+
+
+# Presence
+
+
+async def test_it_is_known_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_ws.presence.GRACE", 0.01)
+    monkeypatch.setattr("asgi_ws.presence.LATER", 0.01)
+    hub = Hub()
+    hub.channel("{room}", presence=True)
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.websocket("/{user}")
+    async def visit(conn: Connection, user: str) -> None:
+        conn.user = user
+        await conn.subscribe("room", info={"from": user})
+        await conn.send(conn.id)
+        async for _ in conn:
+            pass
+
+    async with hub, hub.presence_events("room") as events:
+        async with connect(app, "/ann") as client:
+            id_ = await client.receive()
+            assert await hub.presence("room") == [Member(id_, "ann", {"from": "ann"})]
+            assert await hub.presence_stats("room") == PresenceStats(1, 1)
+        found = [(await anext(events)).data for _ in range(2)]
+        assert [(event["type"], event["user"]) for event in found] == [("join", "ann"), ("leave", "ann")]
+        assert await hub.presence("room") == []
+
+
+async def test_presence_is_asked_for_where_a_rule_says_so() -> None:
+    hub = Hub()
+    hub.channel("a", presence=True)
+    async with hub:
+        assert await hub.presence("a") == []
+        for ask in (hub.presence, hub.presence_stats):
+            with pytest.raises(ValueError, match="'b' has no presence"):
+                await ask("b")
+        with pytest.raises(ValueError, match="'b' has no presence"):
+            hub.presence_events("b")
+
+
+# Several hubs
+
+
+def make_visits(hub: Hub) -> Starlette:
+    app = Starlette()
+    app.add_middleware(WebSocketMiddleware, hub=hub)
+
+    @hub.websocket("/{user}")
+    async def visit(conn: Connection, user: str) -> None:
+        conn.user = user
+        await conn.send(conn.id)
+        async for _ in conn:
+            pass
+
+    return app
+
+
+async def test_connections_are_ended_wherever_they_are() -> None:
+    bus = Bus()
+    one, two = Hub(BusBroker(bus)), Hub(BusBroker(bus))
+    here, there = make_visits(one), make_visits(two)
+    async with (
+        one,
+        two,
+        connect(here, "/ann") as ann,
+        connect(there, "/ann") as again,
+        connect(there, "/bob") as bob,
+    ):
+        await ann.receive(), await again.receive()
+        id_ = await bob.receive()
+        await one.disconnect(user="ann", code=4001, reason="long " * 50)
+        for client in (ann, again):
+            with pytest.raises(ConnectionClosed) as closed:
+                await client.receive()
+            assert closed.value.code == 4001
+            assert closed.value.reason.startswith("long long")
+        await one.disconnect(connection=id_)
+        with pytest.raises(ConnectionClosed) as closed:
+            await bob.receive()
+        assert (closed.value.code, closed.value.reason) == (1008, "disconnected")
+
+
+async def test_connections_of_this_process_alone_are_ended_too(hub: Hub) -> None:
+    app = make_visits(hub)
+    async with hub, connect(app, "/7") as client:
+        await client.receive()
+        await hub.disconnect(user=8)
+        await hub.disconnect(user=7)
+        with pytest.raises(ConnectionClosed):
+            await client.receive()
+
+
+async def test_somebody_has_to_be_named_to_be_disconnected(hub: Hub) -> None:
+    async with hub:
+        with pytest.raises(TypeError, match="either a user or a connection"):
+            await hub.disconnect()
+        with pytest.raises(TypeError, match="either a user or a connection"):
+            await hub.disconnect(user="ann", connection="1")
+        with pytest.raises(ValueError, match="can't have the code 1006"):
+            await hub.disconnect(user="ann", code=1006)
+
+
+async def test_a_hub_waits_for_its_broker_if_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_ws.hub._RETRY", 0.01)
+    bus = Bus()
+    bus.fails = True
+    with pytest.raises(BrokerError, match="no answer"):
+        async with Hub(BusBroker(bus)):
+            raise AssertionError("not started")
+    hub = Hub(BusBroker(bus), wait=True)
+    starting = asyncio.create_task(hub.__aenter__())
+    await asyncio.sleep(0.03)
+    assert not starting.done()
+    bus.fails = False
+    async with asyncio.timeout(2):
+        await starting
+    await hub.__aexit__()
