@@ -122,11 +122,14 @@ class BusBroker(HistoryBroker, PresenceBroker):
         await self._answered("history", channel)
         return history
 
-    async def remember(self, name: str, value: str) -> None:
-        await self.bus.store.remember(name, value)
+    async def remember(self, name: str, value: str, *, ttl: float | None = None) -> None:
+        await self.bus.store.remember(name, value, ttl=ttl)
 
     async def recall(self, name: str) -> str | None:
         return await self.bus.store.recall(name)
+
+    async def take(self, name: str) -> str | None:
+        return await self.bus.store.take(name)
 
     async def enter(self, channel: str, connection: str, key: str, value: str, *, expiry: float) -> bool:
         await self._answered("enter", channel)

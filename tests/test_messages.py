@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from asgi_ws.exceptions import InvalidPosition
-from asgi_ws.messages import Position, Publication
+from asgi_ws.messages import History, Position, Publication
 from asgi_ws.payloads import Payload, encode
 
 
@@ -90,3 +90,10 @@ def test_a_position_is_read_from_its_own_words(position: Position) -> None:
 def test_other_words_are_no_position(text: str) -> None:
     with pytest.raises(InvalidPosition, match="not a position"):
         Position.parse(text)
+
+
+def test_a_history_is_its_publications() -> None:
+    publications = (Publication("a", encode(1)), Publication("a", encode(2)))
+    history = History(publications, Position(2, "e"))
+    assert tuple(history) == publications
+    assert len(history) == 2

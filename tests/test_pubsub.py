@@ -1216,6 +1216,8 @@ async def test_a_broker_without_histories_is_published_to_without_retention() ->
     assert not pubsub.has_subscribers("b")
     with pytest.raises(ValueError, match="no history"):
         await pubsub.history("a")
+    with pytest.raises(ValueError, match="Forgetful keeps nothing"):
+        await pubsub.keep("ticket", "ann", 60)
     await pubsub.stop()
 
 
@@ -1254,3 +1256,10 @@ async def test_a_subscription_that_waits_hears_of_a_loss(kept: Far) -> None:
         kept.broker.mend()
         with pytest.raises(PublicationsLost):
             await reading
+
+
+async def test_words_are_kept_and_taken_once_in_whatever_process(kept: Far) -> None:
+    other = PubSub(BusBroker(kept.bus))
+    await kept.pubsub.keep("ticket", "ann", 60)
+    assert await other.take("ticket") == "ann"
+    assert await kept.pubsub.take("ticket") is None

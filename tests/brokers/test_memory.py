@@ -251,6 +251,16 @@ async def test_words_are_remembered(broker: MemoryBroker) -> None:
     assert await broker.recall("rules") == "[]"
 
 
+async def test_words_are_kept_for_a_time_and_taken_once(broker: MemoryBroker, clock: Clock) -> None:
+    await broker.remember("one", "1", ttl=5)
+    await broker.remember("two", "2", ttl=5)
+    assert await broker.take("one") == "1"
+    assert await broker.take("one") is None
+    clock.now += 5
+    assert await broker.recall("two") is None
+    assert await broker.take("two") is None
+
+
 # Presence
 
 

@@ -53,3 +53,7 @@ def test_nothing_is_expected_from_the_client(payload: str | bytes) -> None:
     with pytest.raises(InvalidMessage) as error:
         PROTOCOL.decode(payload)
     assert error.value.close_code == 1003
+
+
+def test_an_event_says_itself_what_it_is_about() -> None:
+    assert PROTOCOL.encode_publication(Publication("\x1fpresence:a", encode({"type": "join"}))) == '{"type":"join"}'
