@@ -714,6 +714,18 @@ async def test_what_comes_while_a_history_is_read_comes_once_and_in_order(kept: 
     assert [each.data for each in visitor.began[0].publications] == [2, 3, 4]
 
 
+async def test_a_position_that_nobody_had_when_it_was_asked_for_is_from_the_future(kept: Far) -> None:
+    positions = await kept.publish("a", 1, 2)
+    kept.broker.slow = True
+    joining = await spawn(join(kept, Position(3, positions[0].epoch)))
+    await kept.answer()
+    await kept.asked()
+    positions += await kept.publish("a", 3, 4)
+    await kept.answer()
+    visitor = await joining
+    assert (visitor.began, visitor.got) == ([Recovery(False, positions[-1])], [])
+
+
 async def test_what_was_read_before_it_was_delivered_is_not_pushed_twice(kept: Far) -> None:
     visitor = await join(kept)
     await kept.publish("a", 1)
