@@ -5,14 +5,12 @@ import dataclasses
 import gc
 import logging
 import typing
-import uuid
 
 import anyio
 import fastapi
 import msgspec
 import pydantic
 import pytest
-from starlette.authentication import SimpleUser, UnauthenticatedUser
 from starlette.exceptions import HTTPException, WebSocketException
 
 from asgi_ws import (
@@ -26,7 +24,6 @@ from asgi_ws import (
     SubscriptionDenied,
     WebSocketMiddleware,
 )
-from asgi_ws.connection import _user_id
 from asgi_ws.presence import Member
 from asgi_ws.testing import Refused, connect
 from tests.bus import Bus, BusBroker
@@ -1007,33 +1004,3 @@ async def test_a_handler_that_is_cancelled_while_it_leaves_is_nowhere() -> None:
             broker.answer()
             await asyncio.sleep(0)
         assert await hub.presence("room") == []
-
-
-class Person:
-    def __init__(self, **attributes: typing.Any) -> None:
-        self.__dict__.update(attributes)
-
-
-@pytest.mark.parametrize(
-    ("user", "user_id"),
-    [
-        (None, None),
-        ("", None),
-        ("ann", "ann"),
-        (7, "7"),
-        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
-        (Person(id=uuid.UUID(int=1)), "00000000-0000-0000-0000-000000000001"),
-        (Person(identity="ann", id=7), "ann"),
-        (Person(id=7, display_name="Ann"), "7"),
-        (Person(id=0), "0"),
-        (Person(id=None), None),
-        (Person(id=""), None),
-        (Person(id=object()), None),
-        (SimpleUser("ann"), "ann"),
-        (UnauthenticatedUser(), None),
-        (Person(id=7, is_authenticated=False), None),
-        (Person(), None),
-    ],
-)
-async def test_a_user_is_known_by_what_identifies_it(user: typing.Any, user_id: str | None) -> None:
-    assert _user_id(user) == user_id
