@@ -282,7 +282,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if rule is not None and rule.allows is not None and not await rule.allows(self, **parameters):
             raise SubscriptionDenied(channel)
         if since is not None:
-            # What was missed comes all at once, so it is to find an empty outbox.
+            # What was missed comes all at once, so what was missed of another channel is to have left before.
             await self._opened(self._outbox).flush()
         if self._closed is not None or self._left:
             raise (self._closed or ConnectionClosed(1000)).again()
@@ -303,9 +303,12 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 await pubsub.subscribe(events_of(channel), self)
 
             def begin(recovery: Recovery) -> None:
+                outbox, missed = cast(Outbox, self._outbox), recovery.publications
+                if missed:
+                    outbox.expect(sum(publication.frame(self._protocol).size for publication in missed))
                 words = self._protocol.encode_recovery(channel, recovery)
                 if words is not None:
-                    cast(Outbox, self._outbox).push(frame_of(words), None)
+                    outbox.push(frame_of(words), None)
 
             recovery = await pubsub.subscribe(channel, self, since=since, begin=begin)
             if present:

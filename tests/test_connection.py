@@ -1004,3 +1004,13 @@ async def test_a_handler_that_is_cancelled_while_it_leaves_is_nowhere() -> None:
             broker.answer()
             await asyncio.sleep(0)
         assert await hub.presence("room") == []
+
+
+async def test_more_than_some_outboxes_full_is_not_recovered() -> None:
+    hub = Hub(limits=Limits(outbox_size=250))
+    feeding(hub)
+    async with hub:
+        positions = [await hub.publish("feed", "x" * 400) for _ in range(4)]
+        for missed, recovered in ((3, False), (2, True)):
+            async with connect(WebSocketMiddleware(nothing, hub=hub), f"/?since={positions[-1 - missed]}") as client:
+                assert (await client.receive_json())["recovered"] is recovered
