@@ -1,11 +1,13 @@
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.authentication import SimpleUser, UnauthenticatedUser
 
-from asgi_ws.origins import Origin, OriginPolicy, parse_origin
+from asgi_ws.origins import Origin, OriginPolicy, parse_origin, user_id
 
 quick = settings(max_examples=100, deadline=None, database=None)
 
@@ -253,3 +255,36 @@ def test_nothing_around_an_allowed_origin_is_allowed(extra: str, before: bool) -
     if OriginPolicy(["https://example.com"]).allows(request(origin)):
         assert parse_origin(origin) == ("https", "example.com", 443)
         assert extra == "" or (not before and int(extra.removeprefix(":")) == 443)
+
+
+# Who the user is
+
+
+class Person:
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"),
+    [
+        (None, None),
+        ("", None),
+        ("ann", "ann"),
+        (7, "7"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (Person(id=uuid.UUID(int=1)), "00000000-0000-0000-0000-000000000001"),
+        (Person(identity="ann", id=7), "ann"),
+        (Person(id=7, display_name="Ann"), "7"),
+        (Person(id=0), "0"),
+        (Person(id=None), None),
+        (Person(id=""), None),
+        (Person(id=object()), None),
+        (SimpleUser("ann"), "ann"),
+        (UnauthenticatedUser(), None),
+        (Person(id=7, is_authenticated=False), None),
+        (Person(), None),
+    ],
+)
+def test_a_user_is_known_by_what_identifies_it(user: Any, expected: str | None) -> None:
+    assert user_id({"user": user}) == expected
