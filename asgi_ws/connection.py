@@ -308,12 +308,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 await pubsub.subscribe(events_of(channel), self)
 
             def begin(recovery: Recovery) -> None:
-                outbox, missed = cast(Outbox, self._outbox), recovery.publications
-                if missed:
-                    outbox.expect(sum(publication.frame(self._protocol).size for publication in missed))
                 words = self._protocol.encode_recovery(channel, recovery)
                 if words is not None:
-                    outbox.push(frame_of(words), None)
+                    cast(Outbox, self._outbox).push(frame_of(words), None)
 
             recovery = await pubsub.subscribe(channel, self, since=since, begin=begin)
             if present:

@@ -177,8 +177,6 @@ class Order:
 
 _CONTROL = "\x1fcontrol"
 """The channel of orders. No application can make such a name."""
-_RECOVERED = 4
-"""How many times an outbox's size a client that comes back is sent of what it has missed, at the most."""
 _RULES = "rules"
 _BEGINS = "\x1f"
 """Stands before the beginning of names, among patterns, which have no control characters."""
@@ -241,7 +239,7 @@ class Context:
 
     async def start(self, broker: Broker) -> None:
         """Begin to serve on the running loop. Raises `BrokerError`."""
-        pubsub = PubSub(broker, self.retention, self.limits.recovery, _RECOVERED * self.limits.outbox_size)
+        pubsub = PubSub(broker, self.retention, self.limits.recovery)
         await pubsub.start()
         try:
             if broker.spans_processes:

@@ -22,8 +22,8 @@ class Limits:
     channels: int | None = 128
     """How many channels one connection may subscribe to."""
     recovery: int | None = 300
-    """How many missed publications a client that comes back is sent at most; one that missed more, or more than
-    four times the bytes of `outbox_size`, is told to load the state anew."""
+    """How many missed publications a client that comes back is sent at most; one that missed more is told to load the
+    state anew."""
     connections: int | None = 10_000
     """How many connections one process serves; one more is refused with HTTP status 503."""
     connections_per_address: int | None = 10_000

@@ -39,7 +39,6 @@ class Outbox:
     __slots__ = (
         "_behind",
         "_ended",
-        "_extra",
         "_frames",
         "_link",
         "_on_overflow",
@@ -52,7 +51,6 @@ class Outbox:
     def __init__(self, link: Link, size: int, overflow: Overflow, on_overflow: Callable[[], None]) -> None:
         self._link = link
         self._size = size
-        self._extra = 0
         self._overflow = overflow
         self._on_overflow = on_overflow
         self._frames: deque[_Waiting] = deque()
@@ -121,11 +119,6 @@ class Outbox:
         # For `push`, which looks here first: no publication may follow one that was kept out.
         self._behind = True
 
-    def expect(self, size: int) -> None:
-        """So many bytes more may wait, until nothing waits: what a client has missed is sent to it all at once, and
-        this isn't the client's fault."""
-        self._extra = size
-
     async def flush(self) -> None:
         """Wait until the link has taken everything, or it was discarded."""
         while self._frames:  # once more where a handler took its own message back meanwhile
@@ -142,7 +135,7 @@ class Outbox:
                 if older.channel == channel:
                     self._drop(older)
                     break
-        while self._waiting_size + frame.size > self._size + self._extra:
+        while self._waiting_size + frame.size > self._size:
             if self._overflow == "close" or channel is None:
                 self._on_overflow()
                 return
@@ -159,8 +152,6 @@ class Outbox:
             waiting = self._frames.popleft()
             behind = not self._link.write(waiting.frame)
             self._leave(waiting, sent=True)
-        if not self._frames:
-            self._extra = 0
         self._behind = behind or self._ended is not None
 
     def _append(self, waiting: _Waiting) -> None:

@@ -84,7 +84,7 @@ class PubSub:
 
     `retention` says of which channels the broker keeps a history. Their subscribers get every publication once and in
     order; where one is missing it is read from the history, and where that hasn't got it they are told. At most
-    `limit` missed publications, and `size` bytes of them, are passed on to one that comes back.
+    `limit` missed publications are passed on to one that comes back.
     """
 
     def __init__(
@@ -92,7 +92,6 @@ class PubSub:
         broker: Broker,
         retention: Callable[[str], Retention | None] = lambda channel: None,
         limit: int | None = 300,
-        size: int | None = None,
     ) -> None:
         self._broker = broker
         self._retention = retention

@@ -482,17 +482,3 @@ async def test_two_may_flush_and_one_that_is_cancelled_disturbs_nobody() -> None
     client.link.ready()
     await asyncio.gather(two, sent)
     assert client.link.taken == ["1", "2"]
-
-
-async def test_what_is_expected_may_wait_too_until_nothing_waits() -> None:
-    client = Client(room=1)
-    client.push("x")
-    client.outbox.expect(15)
-    client.push("12345" * 5)
-    assert client.overflows == 0
-    client.push("6")
-    assert client.overflows == 1, "and no more than that"
-    client.link.ready(room=1)
-    assert client.link.taken == ["x", "12345" * 5]
-    client.push("12345" * 3)
-    assert client.overflows == 2, "it has been taken"
