@@ -13,6 +13,7 @@ from asgi_ws.exceptions import AsgiWsError, BrokerError, PublicationsLost, Subsc
 from asgi_ws.messages import History, Position, Publication, Recovery, Retention
 from asgi_ws.payloads import Payload
 from asgi_ws.recovery import Stream, follows, merge, read_again_from, read_from
+from asgi_ws.tables import Table
 
 __all__ = ["PubSub", "Subscriber", "Subscription"]
 
@@ -80,7 +81,7 @@ class PubSub:
         self._broker = broker
         self._retention = retention
         self._limit = limit
-        self._channels: dict[str, _Channel] = {}
+        self._channels: Table[str, _Channel] = Table()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._check_timer: asyncio.TimerHandle | None = None
         self.subscriptions: set[Subscription] = set()
@@ -184,8 +185,8 @@ class PubSub:
         """Nothing of these channels is pushed to the subscriber any more, from this call on, not from its return."""
         last = [channel for channel in channels if self._remove(channel, subscriber)]
         if last:
-            # In a task of its own: whoever leaves may be cancelled, and half of the channels would stay.
-            await asyncio.wait([self._release_later(last)])
+            # In tasks of their own: whoever leaves may be cancelled, and half of the channels would stay.
+            await asyncio.wait([self._release_later(channel) for channel in last])
 
     def deliver(self, publication: Publication) -> None:
         """Push a publication to the channel's subscribers. Called by the broker."""
@@ -229,13 +230,10 @@ class PubSub:
 
     def _release_if_left(self, channel: str, entry: _Channel) -> None:
         if not entry.subscribers and self._channels.get(channel) is entry:
-            self._release_later([channel])
+            self._release_later(channel)
 
-    def _release_later(self, channels: Iterable[str]) -> asyncio.Task[None]:
-        return self._start(self._release_all(channels), "asgi_ws unsubscribe")
-
-    async def _release_all(self, channels: Iterable[str]) -> None:
-        await asyncio.gather(*map(self._release, channels))
+    def _release_later(self, channel: str) -> asyncio.Task[None]:
+        return self._start(self._release(channel), "asgi_ws unsubscribe")
 
     async def _release(self, channel: str) -> None:
         entry = self._channels.get(channel)
