@@ -129,12 +129,43 @@ async def round_trips(url: str, number: int, rounds: int, channel: str) -> list[
     return times
 
 
-async def come_and_go(url: str, number: int, rounds: int, channel: str) -> list[tuple[int, int, int]]:
-    """This process's bytes of memory before, with, and after so many channels, of names that are new in each round."""
+async def come_back(url: str, number: int, rounds: int, channel: str) -> list[int]:
+    """How often the history is read for so many subscribers that come back in one tick of the loop."""
+    reads = []
+    async with Hub(url) as hub, redis.asyncio.Redis.from_url(url) as client:
+        hub.channel("kept:{name}", history=_HISTORY)
+        pubsub = hub.context.pubsub
+
+        async def scripts_run() -> int:
+            return int((await client.info("commandstats"))["cmdstat_evalsha"]["calls"])
+
+        for round_ in range(rounds):
+            name = f"kept:{round_}"
+            position = (await hub.history(name, limit=0)).position
+            await hub.publish(name, _TEXT)
+            before = await scripts_run()
+            async with asyncio.timeout(_PATIENCE), asyncio.TaskGroup() as group:
+                coming = [group.create_task(pubsub.subscribe(name, _Recorder(), since=position)) for _ in range(number)]
+            assert all(one.result().recovered for one in coming)
+            reads.append(await scripts_run() - before)
+    return reads
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.publications: list[Publication] = []
+
+    def push(self, publication: Publication) -> None:
+        self.publications.append(publication)
+
+
+async def come_and_go(url: str, number: int, rounds: int, channel: str) -> list[list[tuple[int, int]]]:
+    """This process's memory before, with, and after so many channels, of names that are new in each round: its bytes,
+    and how many blocks Python has allocated, which says the same without the gaps between them."""
     found = []
     async with Hub(url) as hub:
         hub.channel("kept:{name}", history=_HISTORY)
-        pubsub, subscriber = hub.context.pubsub, _Subscriber()
+        pubsub, subscriber = hub.context.pubsub, _Recorder()
 
         async def subscribe(name: str) -> None:
             await pubsub.subscribe(name, subscriber)
@@ -142,7 +173,7 @@ async def come_and_go(url: str, number: int, rounds: int, channel: str) -> list[
         async def unsubscribe(name: str) -> None:
             await pubsub.unsubscribe([name], subscriber)
 
-        async def all_of(round_: int, count: int) -> tuple[int, int]:
+        async def all_of(round_: int, count: int) -> list[tuple[int, int]]:
             """With them, and without."""
             await _at_once(subscribe, (f"{channel}{round_}-{index}" for index in range(count)))
             most = _memory()
@@ -150,19 +181,14 @@ async def come_and_go(url: str, number: int, rounds: int, channel: str) -> list[
             # What the broker was told last, it has heard when this was answered.
             await subscribe("last")
             await unsubscribe("last")
-            return most, _memory()
+            return [most, _memory()]
 
         # What a process allocates the first time, and keeps whatever comes.
         await all_of(0, min(number, _AT_ONCE))
         for round_ in range(1, rounds + 1):
             before = _memory()
-            found.append((before, *await all_of(round_, number)))
+            found.append([before, *await all_of(round_, number)])
     return found
-
-
-class _Subscriber:
-    def push(self, publication: Publication) -> None:
-        raise AssertionError("nobody publishes")
 
 
 async def _at_once(do: Callable[[str], Coroutine[Any, Any, None]], names: Iterable[str]) -> None:
@@ -175,12 +201,12 @@ async def _at_once(do: Callable[[str], Coroutine[Any, Any, None]], names: Iterab
                 group.create_task(do(name))
 
 
-def _memory() -> int:
+def _memory() -> tuple[int, int]:
     gc.collect()
-    return resident_bytes(os.getpid())
+    return resident_bytes(os.getpid()), sys.getallocatedblocks()
 
 
-KINDS = {each.__name__: each for each in (publish, round_trips, come_and_go)}
+KINDS = {each.__name__: each for each in (publish, round_trips, come_back, come_and_go)}
 
 
 def main(kind: str, url: str, number: str, rounds: str, channel: str = "") -> None:
