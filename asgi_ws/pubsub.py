@@ -52,7 +52,7 @@ class _Joiner:
 class _Channel:
     """The subscribers of one channel, how far they have got in it, and whether the broker knows that there are some."""
 
-    __slots__ = ("joiners", "lock", "reader", "stream", "subscribed", "subscribers", "users")
+    __slots__ = ("joiners", "lock", "reader", "stream", "subscribed", "subscribers", "users", "waiters")
 
     def __init__(self) -> None:
         self.subscribers: dict[Subscriber, None] = {}
@@ -61,6 +61,8 @@ class _Channel:
         self.reader: asyncio.Task[None] | None = None
         self.subscribed = False
         self.users = 0
+        self.waiters: list[asyncio.Future[BrokerError | None]] | None = None
+        """Those who wait for what the broker answers, while it is asked."""
         self.lock = asyncio.Lock()
 
 
@@ -167,10 +169,7 @@ class PubSub:
         if not entry.subscribed:
             entry.users += 1
             try:
-                # The broker is asked under the channel's lock: the first subscriber's request must not be overtaken
-                # by the second's, nor by the last unsubscribe of those who were here before.
-                async with entry.lock:
-                    await self._take(channel, entry)
+                await self._take(channel, entry)
             finally:
                 entry.users -= 1
                 self._forget_if_idle(channel, entry)
@@ -254,7 +253,32 @@ class PubSub:
             self._forget_if_idle(channel, entry)
 
     async def _take(self, channel: str, entry: _Channel) -> None:
-        if not entry.subscribed:
+        """Have the broker asked, by the first who comes. The others wait for the same answer, and go on in the same
+        moment: so one read of the history serves them all."""
+        while not entry.subscribed:
+            if entry.waiters is not None:
+                waiter = asyncio.get_running_loop().create_future()
+                entry.waiters.append(waiter)
+                error = await waiter
+                if error is not None:
+                    raise BrokerError(str(error)) from error
+                continue
+            entry.waiters, error = [], None
+            try:
+                await self._ask(channel, entry)
+            except BrokerError as failure:
+                error = failure
+                raise
+            finally:
+                waiters, entry.waiters = entry.waiters, None
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(error)
+
+    async def _ask(self, channel: str, entry: _Channel) -> None:
+        # Under the channel's lock: the request must not be overtaken by the last unsubscribe of those who were here
+        # before.
+        async with entry.lock:
             if self._retention(channel) is not None and isinstance(self._broker, HistoryBroker):
                 # Before the broker is asked: what it delivers at once is to be collected.
                 entry.stream = Stream()
