@@ -145,7 +145,8 @@ class _Subscriptions:
 
     def remove(self, name: bytes) -> None:
         """Nothing is delivered from this call on."""
-        if self._channels.pop(name, None) is not None:
+        if name in self._channels:
+            del self._channels[name]
             self._change(name, False)
 
     async def stop(self) -> None:
