@@ -13,6 +13,7 @@ from asgi_ws.exceptions import AsgiWsError, BrokerError, PublicationsLost, Subsc
 from asgi_ws.messages import History, Position, Publication, Recovery, Retention
 from asgi_ws.payloads import Payload
 from asgi_ws.recovery import Step, Stream, follows, merge, read_again_from, read_from
+from asgi_ws.tables import Table
 
 __all__ = ["PubSub", "Subscriber", "Subscription"]
 
@@ -67,7 +68,7 @@ class _Joiner:
 class _Channel:
     """The subscribers of one channel, how far they have got in it, and whether the broker knows that there are some."""
 
-    __slots__ = ("joiners", "lock", "reader", "stream", "subscribed", "subscribers", "users")
+    __slots__ = ("joiners", "lock", "reader", "stream", "subscribed", "subscribers", "users", "waiters")
 
     def __init__(self) -> None:
         self.subscribers: dict[Subscriber, None] = {}
@@ -76,6 +77,8 @@ class _Channel:
         self.reader: asyncio.Task[None] | None = None
         self.subscribed = False
         self.users = 0
+        self.waiters: list[asyncio.Future[BrokerError | None]] | None = None
+        """Those who wait for what the broker answers, while it is asked."""
         self.lock = asyncio.Lock()
 
 
@@ -98,7 +101,7 @@ class PubSub:
         self._limit = limit
         self._stopped = False
         self._reads = asyncio.Semaphore(_READS_AT_ONCE)
-        self._channels: dict[str, _Channel] = {}
+        self._channels: Table[str, _Channel] = Table()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._check_timer: asyncio.TimerHandle | None = None
         self.subscriptions: set[Subscription] = set()
@@ -184,10 +187,7 @@ class PubSub:
         if not entry.subscribed:
             entry.users += 1
             try:
-                # The broker is asked under the channel's lock: the first subscriber's request must not be overtaken
-                # by the second's, nor by the last unsubscribe of those who were here before.
-                async with entry.lock:
-                    await self._take(channel, entry)
+                await self._take(channel, entry)
             finally:
                 entry.users -= 1
                 self._forget_if_idle(channel, entry)
@@ -202,8 +202,8 @@ class PubSub:
         """Nothing of these channels is pushed to the subscriber any more, from this call on, not from its return."""
         last = [channel for channel in channels if self._remove(channel, subscriber)]
         if last:
-            # In a task of its own: whoever leaves may be cancelled, and half of the channels would stay.
-            await asyncio.wait([self._release_later(last)])
+            # In tasks of their own: whoever leaves may be cancelled, and half of the channels would stay.
+            await asyncio.wait([self._release_later(channel) for channel in last])
 
     def deliver(self, publication: Publication) -> None:
         """Push a publication to the channel's subscribers. Called by the broker."""
@@ -254,13 +254,10 @@ class PubSub:
 
     def _release_if_left(self, channel: str, entry: _Channel) -> None:
         if not entry.subscribers and not self._stopped and self._channels.get(channel) is entry:
-            self._release_later([channel])
+            self._release_later(channel)
 
-    def _release_later(self, channels: Iterable[str]) -> asyncio.Task[None]:
-        return self._start(self._release_all(channels), "asgi_ws unsubscribe")
-
-    async def _release_all(self, channels: Iterable[str]) -> None:
-        await asyncio.gather(*map(self._release, channels))
+    def _release_later(self, channel: str) -> asyncio.Task[None]:
+        return self._start(self._release(channel), "asgi_ws unsubscribe")
 
     async def _release(self, channel: str) -> None:
         entry = self._channels.get(channel)
@@ -281,7 +278,32 @@ class PubSub:
             self._forget_if_idle(channel, entry)
 
     async def _take(self, channel: str, entry: _Channel) -> None:
-        if not entry.subscribed:
+        """Have the broker asked, by the first who comes. The others wait for the same answer, and go on in the same
+        moment: so one read of the history serves them all."""
+        while not entry.subscribed:
+            if entry.waiters is not None:
+                waiter = asyncio.get_running_loop().create_future()
+                entry.waiters.append(waiter)
+                error = await waiter
+                if error is not None:
+                    raise BrokerError(str(error)) from error
+                continue
+            entry.waiters, error = [], None
+            try:
+                await self._ask(channel, entry)
+            except BrokerError as failure:
+                error = failure
+                raise
+            finally:
+                waiters, entry.waiters = entry.waiters, None
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(error)
+
+    async def _ask(self, channel: str, entry: _Channel) -> None:
+        # Under the channel's lock: the request must not be overtaken by the last unsubscribe of those who were here
+        # before.
+        async with entry.lock:
             if self._retention(channel) is not None and isinstance(self._broker, HistoryBroker):
                 # Before the broker is asked: what it delivers at once is to be collected.
                 entry.stream = Stream()

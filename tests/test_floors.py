@@ -7,7 +7,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "asgi_ws"
 
 FLOORS = [
-    {"exceptions", "limits", "frames", "_types"},
+    {"exceptions", "limits", "frames", "tables", "_types"},
     {"payloads", "links", "origins"},
     {"messages"},
     {"brokers", "channels", "protocols", "inbox", "outbox", "recovery", "uvicorn"},

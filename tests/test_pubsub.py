@@ -352,6 +352,42 @@ async def test_a_broker_that_fails_is_told_to_who_comes_but_not_to_who_leaves_an
     assert subscriber.got == []
 
 
+async def test_all_who_wait_for_the_first_are_told_that_the_broker_has_failed(
+    far: tuple[PubSub, SuspendingBroker],
+) -> None:
+    pubsub, broker = far
+    coming = [await spawn(pubsub.subscribe("a", Recorder())) for _ in range(3)]
+    broker.answer("a", BrokerError("no answer"))
+    found = await asyncio.gather(*coming, return_exceptions=True)
+    assert [str(error) for error in found] == ["no answer"] * 3
+    assert len(set(map(id, found))) == 3
+    assert broker.asked.qsize() == 1, "it is asked once for all of them"
+    assert not pubsub._channels
+
+
+async def test_one_read_serves_all_who_come_back_in_one_moment() -> None:
+    class ReadingBroker(SuspendingBroker):
+        reads = 0
+
+        async def history(self, channel: str, *, since: Position | None, limit: int | None) -> History:
+            self.reads += 1
+            await asyncio.sleep(0)
+            return await super().history(channel, since=since, limit=limit)
+
+    broker = ReadingBroker()
+    pubsub = PubSub(broker, lambda channel: Retention(10, 60))
+    await pubsub.start()
+    first = await pubsub.publish("a", encode(0))
+    await publish(pubsub, "a", 1, 2)
+    subscribers = [Recorder() for _ in range(50)]
+    coming = [await spawn(pubsub.subscribe("a", each, since=first)) for each in subscribers]
+    await broker.answer_next()
+    assert all(recovery.recovered for recovery in await asyncio.gather(*coming))
+    assert all(each.got == [1, 2] for each in subscribers)
+    assert broker.reads == 1
+    await pubsub.stop()
+
+
 async def test_channels_are_left_all_at_once_and_whoever_leaves_may_be_cancelled(
     far: tuple[PubSub, SuspendingBroker],
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from asgi_ws.brokers.base import Deliver, HistoryBroker, PresenceBroker
 from asgi_ws.messages import History, Position, Publication, Retention
 from asgi_ws.payloads import Payload
+from asgi_ws.tables import Table
 
 __all__ = ["MemoryBroker"]
 
@@ -97,8 +98,8 @@ class MemoryBroker(HistoryBroker, PresenceBroker):
 
     def __init__(self) -> None:
         self._deliver: Deliver | None = None
-        self._channels: dict[str, _Channel] = {}
-        self._presence: dict[str, _Presence] = {}
+        self._channels: Table[str, _Channel] = Table()
+        self._presence: Table[str, _Presence] = Table()
         self._words: dict[str, tuple[str, float]] = {}
         self._name = secrets.token_hex(4)
         # Channels share epochs, so that it stays that of one which is forgotten before anything was published to it:

@@ -32,6 +32,7 @@ from asgi_ws.brokers.redis_servers import ERRORS, Servers, parse_url
 from asgi_ws.exceptions import BrokerError
 from asgi_ws.messages import History, Position, Publication, Retention
 from asgi_ws.payloads import Payload
+from asgi_ws.tables import Table
 
 __all__ = ["RedisBroker"]
 
@@ -117,8 +118,8 @@ class _Subscriptions:
         self._lost = lost
         self._trouble = trouble
         self._check = check
-        self._channels: dict[bytes, str] = {}
-        self._waiters: dict[bytes, asyncio.Future[None]] = {}
+        self._channels: Table[bytes, str] = Table()
+        self._waiters: Table[bytes, asyncio.Future[None]] = Table()
         self._changes: dict[bytes, bool] = {}
         self._homes: dict[bytes, str] = {}
         self._strays: set[bytes] = set()
@@ -144,7 +145,8 @@ class _Subscriptions:
 
     def remove(self, name: bytes) -> None:
         """Nothing is delivered from this call on."""
-        if self._channels.pop(name, None) is not None:
+        if name in self._channels:
+            del self._channels[name]
             self._change(name, False)
 
     async def stop(self) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import end_to_end, micro, plot, stalled
+from tests.benchmarks import brokers, end_to_end, micro, plot, stalled
+from tests.programs import program
 from tests.servers import ROOT
 
 
@@ -46,7 +47,27 @@ def test_clients_that_do_not_read_are_ended_and_the_others_get_everything() -> N
     assert "| stalled clients that the server has ended | | 2 of 2 | |" in shown.stdout
 
 
-@pytest.mark.parametrize("main", [end_to_end.main, stalled.main])
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_brokers_are_measured() -> None:
+    program("redis-server")
+    command = [sys.executable, "-m", "tests.benchmarks.brokers", "--quick"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80)
+    assert shown.returncode == 0, shown.stderr
+    assert "| reads of it for 10 subscribers that come in one tick | 1 | | | 1 |" in re.sub(" +", " ", shown.stdout)
+    for goal in ("≤ 1.3", "≤ 1.5", "≥ 0.7", "≤ 3 s", "≤ 1.05"):
+        assert f" {goal} |\n" in shown.stdout
+
+
+def test_without_redis_there_is_nothing_to_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("PATH", "")
+    assert brokers.main([]) == 1
+    assert "redis-server" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [end_to_end.main, stalled.main, brokers.main])
 def test_other_systems_are_told(
     main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
