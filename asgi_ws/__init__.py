@@ -2,10 +2,13 @@
 
 from asgi_ws import testing
 from asgi_ws.brokers import Broker, HistoryBroker, PresenceBroker
+from asgi_ws.channels import Grant
 from asgi_ws.connection import Connection
+from asgi_ws.endpoints import PubSubConnection
 from asgi_ws.exceptions import (
     AsgiWsError,
     BrokerError,
+    CommandError,
     ConnectionClosed,
     HubNotRunning,
     InvalidChannel,
@@ -14,6 +17,7 @@ from asgi_ws.exceptions import (
     PublicationsLost,
     SubscriberTooSlow,
     SubscriptionDenied,
+    TokenExpired,
 )
 from asgi_ws.hub import Hub
 from asgi_ws.limits import Limits
@@ -29,8 +33,10 @@ __all__ = [
     "AsgiWsError",
     "Broker",
     "BrokerError",
+    "CommandError",
     "Connection",
     "ConnectionClosed",
+    "Grant",
     "History",
     "HistoryBroker",
     "Hub",
@@ -44,12 +50,14 @@ __all__ = [
     "PresenceBroker",
     "PresenceEvent",
     "PresenceStats",
+    "PubSubConnection",
     "Publication",
     "PublicationsLost",
     "Recovery",
     "SubscriberTooSlow",
     "Subscription",
     "SubscriptionDenied",
+    "TokenExpired",
     "WebSocketMiddleware",
     "publish",
     "testing",

@@ -3,13 +3,13 @@
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from asgi_ws.exceptions import InvalidChannel
 from asgi_ws.messages import Retention
 
-__all__ = ["MAX_LENGTH", "Rule", "Rules", "check_name", "compile_pattern"]
+__all__ = ["MAX_LENGTH", "Grant", "Rule", "Rules", "check_name", "compile_pattern"]
 
 MAX_LENGTH = 255
 """How many characters a channel's name may have."""
@@ -56,6 +56,21 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(expression + re.escape(pattern[end:]))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """A yes with more to it, to a client of `hub.serve_pubsub`: from its `authenticate` function, or from a channel's
+    rule."""
+
+    user: Any = None
+    """Who the client is, as `conn.user`; only from `authenticate`."""
+    info: Any = None
+    """What others see of the client, besides its id and its user."""
+    data: Any = None
+    """What the client is told."""
+    expires_at: float | None = None
+    """When it ends, in seconds since 1970, unless the client comes with a new token: the `exp` of a JWT."""
+
+
 @dataclasses.dataclass(slots=True)
 class Rule:
     """What holds for the channels that match a pattern."""
@@ -64,7 +79,18 @@ class Rule:
     expression: re.Pattern[str]
     retention: Retention | None = None
     presence: bool = False
-    allows: Callable[..., Awaitable[bool]] | None = None
+    allows: Callable[..., Awaitable[bool | Grant]] | None = None
+    asks_for: frozenset[str] = frozenset()
+    """What of `token` and `data` the rule's function takes, besides the connection and the names."""
+    publish: bool | Callable[..., Awaitable[bool]] = False
+    """Whether clients that subscribe for themselves may publish, too."""
+
+    async def ask(self, conn: Any, parameters: Mapping[str, Any], *, token: str = "", data: Any = None) -> bool | Grant:
+        """Whether the connection may subscribe. It may where no function decides."""
+        if self.allows is None:
+            return True
+        said = {"token": token, "data": data}
+        return await self.allows(conn, **parameters, **{name: said[name] for name in self.asks_for})
 
     @property
     def parameters(self) -> list[str]:

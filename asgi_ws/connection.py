@@ -284,7 +284,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if channel in self._channels:
             return Recovery(False, None)
         rule, parameters = self._context.rules.find(channel)
-        if rule is not None and rule.allows is not None and not await rule.allows(self, **parameters):
+        if rule is not None and not await rule.ask(self, parameters):
             raise SubscriptionDenied(channel)
         if since is not None:
             # What was missed comes all at once, so it is to find an empty outbox.
@@ -474,7 +474,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
                 await outbox.flush()
                 # Nobody else may have done it meanwhile, and there may be nobody any more to be told.
                 if self._closing is None and not self._lost:
-                    self._closing = link.close(closed.code, closed.reason)
+                    self._closing = link.close(*self._farewell(closed.code, closed.reason))
                 if self._closing is not None:
                     await asyncio.wait([self._closing])
         except TimeoutError:
@@ -528,7 +528,11 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """Close at once, whatever waits: the client has gone too far."""
         self._end(ConnectionClosed(code, reason), discard=True)
         cast(Inbox, self._inbox).end(discard=True)
-        self._closing = cast(Link, self._link).close(code, reason)
+        self._closing = cast(Link, self._link).close(*self._farewell(code, reason))
+
+    def _farewell(self, code: int, reason: str) -> tuple[int, str]:
+        code, reason = self._protocol.farewell(code, reason)
+        return code, _cut(reason)
 
     def _too_slow(self) -> None:
         logger.info("%r is too slow: more than %d bytes wait", self.scope["path"], self._context.limits.outbox_size)

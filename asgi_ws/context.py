@@ -161,8 +161,11 @@ class Client(typing.Protocol):
         ...
 
 
-class SubscribedClient(Client, Subscriber, typing.Protocol):
-    """The same where it has subscribed to channels."""
+class SubscribedClient(Subscriber, typing.Protocol):
+    """What a connection has subscribed to channels: itself, or something with its id."""
+
+    @property
+    def id(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ AsgiWsError
 ├── SubscriptionDenied    a rule or a limit said no
 ├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
 ├── PublicationsLost      publications are missing that the channel's history hasn't got any more
+├── CommandError          a command of a client of the Centrifuge protocol fails
+├── TokenExpired          a token was right once
 ├── HubNotRunning         the hub was used before it was started
 └── BrokerError           a publication may not have gone out
 """
@@ -15,6 +17,7 @@ AsgiWsError
 __all__ = [
     "AsgiWsError",
     "BrokerError",
+    "CommandError",
     "ConnectionClosed",
     "HubNotRunning",
     "InvalidChannel",
@@ -23,6 +26,7 @@ __all__ = [
     "PublicationsLost",
     "SubscriberTooSlow",
     "SubscriptionDenied",
+    "TokenExpired",
 ]
 
 
@@ -115,6 +119,50 @@ class PublicationsLost(AsgiWsError):
 
     def __str__(self) -> str:
         return f"publications to {self.channel!r} were lost; load its state anew and subscribe again"
+
+
+_COMMAND_ERRORS = {
+    100: "internal server error",
+    101: "unauthorized",
+    102: "unknown channel",
+    103: "permission denied",
+    104: "method not found",
+    105: "already subscribed",
+    106: "limit exceeded",
+    107: "bad request",
+    108: "not available",
+    109: "token expired",
+    110: "expired",
+    111: "too many requests",
+    112: "unrecoverable position",
+}
+
+
+class CommandError(AsgiWsError):
+    """A client's command is answered with this error. Raised by functions that serve clients of the Centrifuge
+    protocol: codes of your own are 400 to 1999, and the protocol's own need no message. A `temporary` one has clients
+    try again by themselves.
+
+    Raises `ValueError` for a code that clients don't take from a server.
+    """
+
+    def __init__(self, code: int, message: str = "", temporary: bool = False) -> None:
+        message = message or _COMMAND_ERRORS.get(code, "")
+        if not 100 <= code <= 1999 or not message:
+            raise ValueError(
+                f"CommandError({code!r}, {message!r}): take a code from 400 to 1999, and say what is wrong"
+            )
+        super().__init__(code, message, temporary)
+        self.code = code
+        self.message = message
+        self.temporary = temporary
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code})"
+
+
+class TokenExpired(AsgiWsError):
+    """The token was right until it expired: the client is to come back with a new one."""
 
 
 class HubNotRunning(AsgiWsError, RuntimeError):

@@ -15,7 +15,17 @@ from asgi_ws.brokers import Broker, HistoryBroker, MemoryBroker, PresenceBroker,
 from asgi_ws.channels import MAX_HISTORY, check_name
 from asgi_ws.connection import Connection, OnConnect, OnInvalid
 from asgi_ws.context import Context, Order
-from asgi_ws.endpoints import Endpoint, check_async, check_takes, make_route
+from asgi_ws.endpoints import (
+    Authenticate,
+    Endpoint,
+    Procedure,
+    PubSubEndpoint,
+    ServerChannels,
+    check_async,
+    check_takes,
+    make_route,
+    takes,
+)
 from asgi_ws.exceptions import BrokerError
 from asgi_ws.frames import may_be_sent
 from asgi_ws.limits import Limits
@@ -61,6 +71,7 @@ class Hub:
         self._broker = broker if isinstance(broker, Broker) else broker_for(broker)
         self._context = Context(limits, overflow, OriginPolicy(allowed_origins))
         self._wait = wait
+        self._procedures: dict[str, Procedure] = {}
         self._users = 0
         self._lock = asyncio.Lock()
         self.routes: list[WebSocketRoute] = []
@@ -89,8 +100,7 @@ class Hub:
         """
 
         def decorate(handler: H) -> H:
-            if any(route.path == path for route in self.routes):
-                raise ValueError(f"{path!r} has an endpoint already")
+            self._check_path(path)
             endpoint = Endpoint(
                 handler,
                 self._context,
@@ -148,10 +158,72 @@ class Hub:
         self._context.on_connect.append(hook)
         return hook
 
+    # Clients that choose by themselves
+
+    def serve_pubsub(
+        self,
+        path: str,
+        *,
+        authenticate: Authenticate | None = None,
+        channels: ServerChannels | None = None,
+        on_message: Callable[..., Awaitable[None]] | None = None,
+    ) -> None:
+        """Serve a path to clients that subscribe for themselves: those of the Centrifuge protocol, in JSON.
+
+        They may subscribe where a function decorated with `channel` says yes, and nowhere else; publish where its
+        `publish` says so; and call what `rpc` decorates.
+
+        `authenticate` is an async function that gets the connection and the client's `token`, or `""`, and answers with
+        a `Grant`, or with `None` for a token that can't be right; it raises `TokenExpired` for one that was. Without it
+        everybody may connect whom middleware and `on_connect` have let in. `channels` is an async function that answers
+        with the channels that the connection is subscribed to from the start, whatever their rules say. `on_message`
+        gets the connection and what a client sends without asking for an answer.
+
+        Raises `TypeError` or `ValueError` at once for a function or a path that can't work.
+        """
+        self._check_path(path)
+        if authenticate is not None:
+            check_async(authenticate, "authenticate")
+            check_takes(authenticate, ["token"])
+        if channels is not None:
+            check_async(channels, "channels")
+            check_takes(channels, [])
+        namespace = sys._getframe(1).f_locals
+        heard = None if on_message is None else Procedure(on_message, "on_message", namespace)
+        endpoint = PubSubEndpoint(
+            self._context, self._procedures, authenticate=authenticate, channels=channels, on_message=heard
+        )
+        self.routes.append(make_route(path, endpoint))
+
+    def rpc(self, name: str) -> Callable[[H], H]:
+        """Let clients of `serve_pubsub` call an async function: it gets the connection, and their data as the second
+        parameter's annotation says, if it has one. What it returns they get; a `CommandError` that it raises, too.
+
+        Raises `TypeError` for a function that can't be called so, and `ValueError` for a name that is taken.
+        """
+
+        def decorate(function: H) -> H:
+            if name in self._procedures:
+                raise ValueError(f"there is an rpc {name!r} already")
+            self._procedures[name] = Procedure(function, "an rpc", sys._getframe(1).f_locals)
+            return function
+
+        return decorate
+
+    def _check_path(self, path: str) -> None:
+        if any(route.path == path for route in self.routes):
+            raise ValueError(f"{path!r} has an endpoint already")
+
     # Channels
 
     def channel(
-        self, pattern: str, *, history: int = 0, ttl: float | None = None, presence: bool = False
+        self,
+        pattern: str,
+        *,
+        history: int = 0,
+        ttl: float | None = None,
+        presence: bool = False,
+        publish: bool | Callable[..., Awaitable[bool]] = False,
     ) -> Callable[[H], H]:
         """Say what holds for the channels that match `pattern`, in which `{name}` is anything up to the next colon.
 
@@ -161,6 +233,10 @@ class Hub:
         As a decorator it decides who may subscribe: the async function gets the connection and the pattern's names, and
         answers with a `bool`. Called without decorating anything, everybody may whom the application's code subscribes.
 
+        To clients of `serve_pubsub` the function may answer with a `Grant`, too, and what such a client says is in its
+        parameters `token` and `data`, if it has them. With `publish` they may publish while they are subscribed; or a
+        function like the decorated one decides that, subscribed or not.
+
         Of several patterns that match, the first one holds. Raises `ValueError` for a pattern that can't match or what
         the broker can't do, `TypeError` for a function that doesn't take the pattern's names.
         """
@@ -169,11 +245,16 @@ class Hub:
         if presence and not isinstance(self._broker, PresenceBroker):
             raise ValueError(f"{pattern!r}: {type(self._broker).__name__} can't tell who is in a channel")
         rule = self._context.rules.add(pattern, history, ttl, presence)
+        if not isinstance(publish, bool):
+            check_async(publish, "publish")
+            check_takes(publish, rule.parameters)
+        rule.publish = publish
 
         def decorate(allows: H) -> H:
             check_async(allows, "a channel's rule")
-            check_takes(allows, rule.parameters)
-            rule.allows = allows
+            asks_for = [name for name in ("token", "data") if takes(allows, name) and name not in rule.parameters]
+            check_takes(allows, [*rule.parameters, *asks_for])
+            rule.allows, rule.asks_for = allows, frozenset(asks_for)
             return allows
 
         return decorate

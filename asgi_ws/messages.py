@@ -58,7 +58,8 @@ class Encoder(typing.Protocol):
 class Publication:
     """A payload on its way through a channel, with its position there.
 
-    `sender` is the id of the connection that doesn't get it.
+    `sender` is the id of the connection that doesn't get it; or, for one that gets its own as everybody does, what
+    others are told of it.
     """
 
     channel: str
@@ -71,6 +72,11 @@ class Publication:
     def data(self) -> Any:
         """What was published: a `str`, `bytes`, or the values that its JSON says."""
         return self.payload.decode()
+
+    @property
+    def publisher(self) -> str | None:
+        """The client that has published it, as others are told: a JSON object. `None` where nobody is told."""
+        return self.sender if self.sender is not None and self.sender.startswith("{") else None
 
     def frame(self, encoder: Encoder) -> Frame:
         """The frame for a client, built by the first that asks and shared by all of the same format."""

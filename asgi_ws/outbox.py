@@ -14,7 +14,8 @@ __all__ = ["Outbox"]
 
 
 class _Waiting:
-    """A frame that waits for its client. One that a handler sent has a future and is never dropped."""
+    """A frame that waits for its client. One that a handler sent has a future; without a channel it is never
+    dropped."""
 
     __slots__ = ("channel", "frame", "sent", "size")
 
@@ -29,11 +30,12 @@ class _Waiting:
 
 
 class Outbox:
-    """A bounded queue in front of a link, with two doors.
+    """A bounded queue in front of a link, with three doors.
 
     `put` waits until the link has taken the frame: it is for the handler, which may well wait for its own client.
-    `push` never waits: it is for publications, where waiting would let one slow client hold up all the others. What
-    both let in leaves in one order. While the client keeps up nothing is queued at all.
+    `push` never waits: it is for publications, where waiting would let one slow client hold up all the others. `post`
+    doesn't wait either, and lets in what has to arrive. All of it leaves in one order. While the client keeps up
+    nothing is queued at all.
     """
 
     __slots__ = (
@@ -90,6 +92,17 @@ class Outbox:
             self._behind = not self._link.write(frame)
         elif self._ended is None:
             self._append(_Waiting(frame, 0))
+
+    def post(self, frame: Frame) -> None:
+        """Take a message that may not be dropped and can't be waited for. Where more waits than may, the client is as
+        slow as one that takes no publications. Never waits, never raises."""
+        if not self._behind:
+            self._behind = not self._link.write(frame)
+        elif self._ended is None:
+            if self._frames and self._waiting_size + frame.size > self._size:
+                self._on_overflow()
+            else:
+                self._append(_Waiting(frame, frame.size))
 
     async def put(self, frame: Frame) -> None:
         """Take a message of the handler's; wait while the client is behind. Raises `ConnectionClosed`."""

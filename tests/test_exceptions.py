@@ -6,11 +6,13 @@ from asgi_ws import exceptions
 from asgi_ws.exceptions import (
     AsgiWsError,
     BrokerError,
+    CommandError,
     ConnectionClosed,
     HubNotRunning,
     InvalidMessage,
     SubscriberTooSlow,
     SubscriptionDenied,
+    TokenExpired,
 )
 
 ALL = [getattr(exceptions, name) for name in exceptions.__all__]
@@ -22,6 +24,8 @@ EXAMPLES = [
     SubscriberTooSlow("room:1"),
     HubNotRunning(),
     BrokerError("no answer"),
+    CommandError(400, "no", temporary=True),
+    TokenExpired(),
 ]
 
 
@@ -78,3 +82,12 @@ def test_hub_not_running_is_a_runtime_error_and_says_what_to_do() -> None:
     assert issubclass(HubNotRunning, RuntimeError)
     assert "add WebSocketMiddleware" in str(HubNotRunning())
     assert "async with hub" in str(HubNotRunning())
+
+
+def test_a_commands_error_has_a_code_and_words() -> None:
+    error = CommandError(103)
+    assert (error.code, error.message, error.temporary) == (103, "permission denied", False)
+    assert str(CommandError(400, "not today")) == "not today (400)"
+    for code, message in ((99, "x"), (2000, "x"), (400, "")):
+        with pytest.raises(ValueError, match="400 to 1999"):
+            CommandError(code, message)

@@ -91,7 +91,11 @@ def test_signatures_of_the_hub() -> None:
     assert parameters(Hub.endpoint) == {"handler": None, **endpoint}
     assert parameters(Hub.publish) == {"channel": REQUIRED, "data": REQUIRED, "*exclude": None}
     assert list(parameters(Hub.on_connect)) == ["hook"]
-    assert parameters(Hub.channel) == {"pattern": REQUIRED, "*history": 0, "*ttl": None, "*presence": False}
+    kept = {"*history": 0, "*ttl": None, "*presence": False}
+    pubsub = {"*authenticate": None, "*channels": None, "*on_message": None}
+    assert parameters(Hub.serve_pubsub) == {"path": REQUIRED, **pubsub}
+    assert parameters(Hub.rpc) == {"name": REQUIRED}
+    assert parameters(Hub.channel) == {"pattern": REQUIRED, **kept, "*publish": False}
     assert parameters(Hub.subscribe) == {"channel": REQUIRED, "*since": None}
     assert parameters(Hub.history) == {"channel": REQUIRED, "*since": None, "*limit": None}
     assert parameters(Hub.presence) == {"channel": REQUIRED}

@@ -24,7 +24,7 @@ FLOORS = [
 ]
 INSIDE = {
     "brokers": [{"base"}, {"memory", "nats_link", "redis_servers"}, {"redis_links"}, {"nats", "redis"}, {"__init__"}],
-    "protocols": [{"base"}, {"bytes", "json", "positions", "text"}, {"choice"}, {"__init__"}],
+    "protocols": [{"base"}, {"bytes", "centrifuge", "json", "positions", "text"}, {"choice"}, {"__init__"}],
     "transports": [
         {"base", "packets", "relay"},
         {"session", "sse"},
@@ -33,7 +33,7 @@ INSIDE = {
         {"engineio"},
         {"__init__"},
     ],
-    "endpoints": [{"function"}, {"__init__"}],
+    "endpoints": [{"function"}, {"pubsub"}, {"__init__"}],
     "socketio": [{"packets", "handlers", "sessions"}, {"rooms"}, {"socket"}, {"server"}, {"__init__"}],
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

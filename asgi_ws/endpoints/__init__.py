@@ -1,5 +1,18 @@
 """What a client meets behind a path."""
 
-from asgi_ws.endpoints.function import Endpoint, check_async, check_takes, current_app, make_route
+from asgi_ws.endpoints.function import Endpoint, Procedure, check_async, check_takes, current_app, make_route, takes
+from asgi_ws.endpoints.pubsub import Authenticate, PubSubConnection, PubSubEndpoint, ServerChannels
 
-__all__ = ["Endpoint", "check_async", "check_takes", "current_app", "make_route"]
+__all__ = [
+    "Authenticate",
+    "Endpoint",
+    "Procedure",
+    "PubSubConnection",
+    "PubSubEndpoint",
+    "ServerChannels",
+    "check_async",
+    "check_takes",
+    "current_app",
+    "make_route",
+    "takes",
+]

@@ -11,16 +11,17 @@ from typing import Any
 
 from starlette.convertors import Convertor, FloatConvertor, IntegerConvertor, UUIDConvertor
 from starlette.routing import WebSocketRoute, compile_path
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 from starlette.websockets import WebSocket
 
 from asgi_ws._types import Handler
 from asgi_ws.connection import Connection, OnInvalid
 from asgi_ws.context import Context
 from asgi_ws.exceptions import HubNotRunning
+from asgi_ws.payloads import json_decoder
 from asgi_ws.protocols import choose_protocol
 
-__all__ = ["Endpoint", "check_async", "check_takes", "current_app", "make_route"]
+__all__ = ["Endpoint", "Procedure", "check_async", "check_takes", "current_app", "make_route", "takes"]
 
 current_app: contextvars.ContextVar[Any] = contextvars.ContextVar("current_app", default=None)
 """The application whose `dependency_overrides` hold for the request."""
@@ -39,6 +40,35 @@ def check_takes(function: Any, names: Iterable[str]) -> None:
     except TypeError as error:
         expected = ", ".join(["conn", *names])
         raise TypeError(f"{_name(function)}: is called with ({expected}), but {error}") from None
+
+
+def takes(function: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters
+
+
+class Procedure:
+    """A function that a client calls with JSON: with its connection, and with the data as the second parameter's
+    annotation says, if there is one.
+
+    Raises `TypeError` for a function that can't be called so, or a type that can't be read from JSON.
+    """
+
+    def __init__(self, function: Any, what: str, namespace: Mapping[str, Any]) -> None:
+        check_async(function, what)
+        parameters = list(_parameters(function, namespace).values())
+        check_takes(function, [each.name for each in parameters[1:2]])
+        self._function = function
+        self._decode = None
+        if len(parameters) > 1:
+            annotation = parameters[1].annotation
+            self._decode = json_decoder(Any if annotation is inspect.Parameter.empty else annotation)
+
+    async def __call__(self, conn: Any, data: bytes) -> Any:
+        """What the function returns. Raises what it does, and `InvalidMessage` for other data than it takes."""
+        if self._decode is None:
+            return await self._function(conn)
+        return await self._function(conn, self._decode(data))
 
 
 class Endpoint:
@@ -113,7 +143,7 @@ class Endpoint:
         return values
 
 
-def make_route(path: str, endpoint: Endpoint) -> WebSocketRoute:
+def make_route(path: str, endpoint: Endpoint | ASGIApp) -> WebSocketRoute:
     """The framework's route for an endpoint: Starlette's where the path has all that the endpoint takes, in its type,
     and FastAPI's where something is to be injected or converted.
 
@@ -122,6 +152,8 @@ def make_route(path: str, endpoint: Endpoint) -> WebSocketRoute:
     if not path.startswith("/"):
         raise ValueError(f"the path {path!r} can't match: it doesn't begin with '/'")
     convertors = compile_path(path)[2]
+    if not isinstance(endpoint, Endpoint):
+        return WebSocketRoute(path, endpoint)
     foreign = [p for p in endpoint.injected if not _converts(convertors.get(p.name), p.annotation)]
     if not foreign:
         return WebSocketRoute(path, endpoint)

@@ -35,3 +35,7 @@ class Protocol(abc.ABC, Generic[T_co]):
         """What the client is told of how a subscription began, before anything is sent that was published; `None` for
         nothing."""
         return None
+
+    def farewell(self, code: int, reason: str) -> tuple[int, str]:
+        """The close code and the reason, as this protocol's clients understand them."""
+        return code, reason
