@@ -14,9 +14,18 @@ from starlette.routing import BaseRoute, Match, Mount, Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.context import Exchange
-from asgi_ws.endpoints import current_app
+from asgi_ws.endpoints import PubSubEndpoint, current_app
 from asgi_ws.hub import Hub
-from asgi_ws.transports import EngineTransport, EventTransport, answer_preflight, is_preflight, wants_events
+from asgi_ws.transports import (
+    KINDS,
+    CentrifugeTransport,
+    EngineTransport,
+    EventTransport,
+    Kind,
+    answer_preflight,
+    is_preflight,
+    wants_events,
+)
 
 __all__ = ["WebSocketMiddleware"]
 
@@ -57,6 +66,8 @@ class WebSocketMiddleware:
             self._websocket, origins=hub.context.origins, ping_interval=limits.ping_interval or _PING_INTERVAL
         )
         """What serves them to clients that read server-sent events."""
+        self.streams = CentrifugeTransport(self._websocket, origins=hub.context.origins, max_size=limits.message_size)
+        """What serves those of `serve_pubsub` to clients that can't have a WebSocket."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -122,6 +133,11 @@ class WebSocketMiddleware:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application answers first: it may have a page at an endpoint's path."""
+        stream = self._for_stream(scope)
+        if stream is not None:
+            kind, request = stream
+            await self.streams(request, receive, send, kind)
+            return
         handshake = {**scope, "type": "websocket"}
         if wants_events(scope) and self._is_endpoint(dict(handshake), scope.get("app", self.app)):
             await self.events(scope, receive, send)
@@ -147,6 +163,19 @@ class WebSocketMiddleware:
             return True
         return self.hub.has_endpoints_elsewhere and _has_websocket(getattr(application, "routes", ()), handshake)
 
+    # Centrifuge's streams
+
+    def _for_stream(self, scope: Scope) -> tuple[Kind, Scope] | None:
+        """What a request below the path of an endpoint of `serve_pubsub` is, and the same request at its path."""
+        path, _, last = scope["path"].rpartition("/")
+        kind = next((kind for kind in KINDS if kind == last), None)
+        if kind is None:
+            return None
+        raw_path = scope.get("raw_path", b"").removesuffix(b"/" + kind.encode())
+        request = {**scope, "path": path or "/", "raw_path": raw_path or b"/"}
+        found = self._find({**request, "type": "websocket"})
+        return (kind, request) if found is not None and isinstance(found[0].app, PubSubEndpoint) else None
+
     # Engine.IO
 
     def _for_engine(self, scope: Scope) -> Scope | None:
@@ -170,6 +199,7 @@ class WebSocketMiddleware:
                 await stack.enter_async_context(self.hub)
                 stack.push_async_callback(self.engine.aclose)
                 stack.callback(self.events.stop)
+                stack.callback(self.streams.stop)
             except Exception as error:
                 await send({"type": "lifespan.startup.failed", "message": f"asgi_ws: {error}"})
                 return

@@ -27,7 +27,7 @@ INSIDE = {
     "protocols": [{"base"}, {"bytes", "centrifuge", "json", "positions", "text"}, {"choice"}, {"__init__"}],
     "transports": [
         {"base", "packets", "relay"},
-        {"session", "sse"},
+        {"centrifuge", "session", "sse"},
         {"engine_link"},
         {"engine_handshake"},
         {"engineio"},

@@ -58,6 +58,7 @@ from asgi_ws.protocols import (
     push_text,
     reply,
 )
+from asgi_ws.transports import KINDS, StreamLink
 
 __all__ = ["Authenticate", "PubSubConnection", "PubSubEndpoint", "ServerChannels"]
 
@@ -101,6 +102,8 @@ class PubSubEndpoint:
             raise HubNotRunning
         self.context.admit(scope, exchange)
         conn = PubSubConnection(scope, exchange, self)
+        if conn.transport not in ("websocket", *KINDS):
+            raise HTTPException(400, "this endpoint is for clients of the Centrifuge protocol")
         if conn.wants_protobuf:
             raise HTTPException(400, "this server speaks the Centrifuge protocol in JSON, not in Protobuf")
         await conn.serve(conn.talk, {}, accept=True)
@@ -435,6 +438,8 @@ class PubSubConnection(Connection[Any, Any]):
             result["data"] = grant.data
         if ttl:
             result.update(expires=True, ttl=ttl)
+        if isinstance(self._session, StreamLink):
+            result["session"] = self._session.secret
         if self._subscriptions:
             result["subs"] = {each.channel: msgspec.Raw(each.result.encode()) for each in self._subscriptions.values()}
         return result

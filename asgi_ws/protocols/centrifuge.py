@@ -35,6 +35,7 @@ __all__ = [
     "Subscribe",
     "Unreadable",
     "bad_request",
+    "disconnect_push",
     "error_reply",
     "presence_result",
     "publications_result",
@@ -338,6 +339,11 @@ class CentrifugeProtocol(Protocol[list[Command]]):
         # A reason that is missing, or that is JSON, would have the JavaScript client do something else.
         code, usual = _CODES.get(code, (code, "disconnected"))
         return code, usual if not reason or _is_json(reason) else reason
+
+
+def disconnect_push(code: int, reason: str) -> str:
+    """The last word, where there is no close frame."""
+    return push_text("disconnect", to_json({"code": code, "reason": reason}))
 
 
 def publications_result(publications: list[str], position: Position) -> str:

@@ -15,7 +15,7 @@ from tests.servers import UvicornServer, serve
 
 pytestmark = pytest.mark.anyio
 
-KINDS = ("websocket", "py")
+KINDS = ("websocket", "py", "http_stream", "sse")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
