@@ -58,7 +58,7 @@ from asgi_ws.protocols import (
     push_text,
     reply,
 )
-from asgi_ws.transports import KINDS, StreamLink
+from asgi_ws.transports import StreamLink
 
 __all__ = ["Authenticate", "PubSubConnection", "PubSubEndpoint", "ServerChannels"]
 
@@ -102,7 +102,7 @@ class PubSubEndpoint:
             raise HubNotRunning
         self.context.admit(scope, exchange)
         conn = PubSubConnection(scope, exchange, self)
-        if conn.transport not in ("websocket", *KINDS):
+        if conn.comes_otherwise:
             raise HTTPException(400, "this endpoint is for clients of the Centrifuge protocol")
         if conn.wants_protobuf:
             raise HTTPException(400, "this server speaks the Centrifuge protocol in JSON, not in Protobuf")
@@ -238,6 +238,11 @@ class PubSubConnection(Connection[Any, Any]):
         self._pinged = False
         if self.query_params.get("cf_ws_frame_ping_pong") == "true":
             self._pings = None
+
+    @property
+    def comes_otherwise(self) -> bool:
+        """Whether the client comes by a transport of another protocol's."""
+        return self._session is not None and not isinstance(self._session, StreamLink)
 
     @property
     def wants_protobuf(self) -> bool:

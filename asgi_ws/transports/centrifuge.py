@@ -287,6 +287,7 @@ class _Stream:
         text = disconnect_push(message["code"], message["reason"]) if ends else message["text"]
         if ends:
             self._state = "closed"
+            self._transport.closed(self)
         await send_body(self._send, (f"data: {text}\n\n" if self._events else text + "\n").encode(), not ends)
 
     # What happens meanwhile
@@ -304,8 +305,8 @@ class _Stream:
 
     async def finish(self) -> None:
         """End what the application has left without an end."""
-        if self._state == "open" and not self._ended.is_set():
-            await self._send({"type": "http.response.body"})
-        elif self._state == "connecting" and not self._ended.is_set():
+        if self._state == "closed" or self._ended.is_set():
+            return
+        if self._state == "connecting":
             await self._deny(500, ())
-            await self._send({"type": "http.response.body"})
+        await self._send({"type": "http.response.body"})
