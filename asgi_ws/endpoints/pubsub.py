@@ -31,7 +31,7 @@ from asgi_ws.frames import Frame
 from asgi_ws.inbox import Inbox, Rate
 from asgi_ws.messages import Position, Publication, Recovery
 from asgi_ws.outbox import Outbox
-from asgi_ws.payloads import to_json
+from asgi_ws.payloads import json_decoder, to_json
 from asgi_ws.presence import Member, events_of
 from asgi_ws.protocols import (
     PING,
@@ -67,10 +67,14 @@ logger = logging.getLogger("asgi_ws")
 Authenticate = Callable[..., Awaitable[Grant | None]]
 ServerChannels = Callable[[Any], Awaitable[Iterable[str]]]
 
+_read_any = json_decoder(Any)
+
 _CONNECT_TIME = 10.0
 """How many seconds a client has to say who it is."""
 _GRACE = 25.0
 """How many seconds a client may be late with a new token."""
+_LEAVE_TIME = 1.0
+"""How many seconds a client that leaves a channel waits for the broker."""
 _AT_ONCE = 32
 """How many commands of one client are worked on at the same time; then nothing more is read."""
 _MAX_PUBLICATIONS = 300
@@ -191,11 +195,11 @@ class _Subscription:
             self._in_reply -= 1
             if not self._in_reply and self._held is None:
                 self.push = self.conn.push
-        elif self._held is not None:
-            self._held.append(publication)
-            self._held_size += publication.payload.size
-            if self._held_size > self.conn.held_size:
-                self.conn.cut(1013, "slow")
+            return
+        cast("list[Publication]", self._held).append(publication)
+        self._held_size += publication.payload.size
+        if self._held_size > self.conn.held_size:
+            self.conn.cut(1013, "slow")
 
 
 def _nothing(publication: Publication) -> None:
@@ -313,8 +317,8 @@ class PubSubConnection(Connection[Any, Any]):
             await self._start(command.id, name, request)
 
     async def _start(self, number: int, name: str, request: Request) -> None:
-        """Work on a command, behind those that are to be done in their order: all of one channel, and messages."""
-        key = getattr(request, "channel", name if name == "send" else "")
+        """Work on a command, behind those that are to be done in their order, as all of one channel are."""
+        key = getattr(request, "channel", name if name in ("send", "refresh") else "")
         before = self._last.get(key)
 
         async def work() -> None:
@@ -403,7 +407,7 @@ class PubSubConnection(Connection[Any, Any]):
 
     async def _connect(self, number: int, request: Connect) -> str | None:
         self.token = request.token
-        self.data = msgspec.json.decode(request.data)
+        self.data = _read_any(request.data)
         self._positions = request.subs
         try:
             grant = await self._authenticate(request.token)
@@ -487,12 +491,11 @@ class PubSubConnection(Connection[Any, Any]):
 
     def _ping(self) -> None:
         interval, timeout = cast(float, self._pings), self._context.limits.ping_timeout
-        if self._closed is None:
-            self._say(PING)
-            self._pinged = True
-            self._after("ping", interval, self._ping)
-            if timeout is not None:
-                self._after("pong", min(timeout, interval * 0.9), self._check_pong)
+        self._say(PING)
+        self._pinged = True
+        self._after("ping", interval, self._ping)
+        if timeout is not None:
+            self._after("pong", min(timeout, interval * 0.9), self._check_pong)
 
     def _check_pong(self) -> None:
         # What wasn't read yet may be the pong.
@@ -512,7 +515,7 @@ class PubSubConnection(Connection[Any, Any]):
         if rule.allows is None:
             raise CommandError(103)
         self._check_room(channel)
-        data = msgspec.json.decode(request.data)
+        data = _read_any(request.data)
         granted = await rule.ask(self, parameters, token=request.token, data=data)
         if not granted:
             raise CommandError(103)
@@ -630,7 +633,7 @@ class PubSubConnection(Connection[Any, Any]):
             raise
         if not self._has(subscription):
             # Meanwhile it was ended, and not all of it could be known then.
-            await self._leave_one(subscription)
+            self._leave_later(subscription)
         return recovery
 
     async def _since(self, channel: str, wanted: Since) -> Position | None:
@@ -689,9 +692,7 @@ class PubSubConnection(Connection[Any, Any]):
         `ValueError` for other codes, and without a reason.
         """
         if not 2000 <= code <= 2999 or not reason:
-            raise ValueError(
-                f"unsubscribe(code={code!r}, reason={reason!r}): take a code from 2000 to 2999, and a reason"
-            )
+            raise ValueError(f"code={code!r}, reason={reason!r}: take a code from 2000 to 2999, and say why")
         subscription = self._subscriptions.get(channel)
         if subscription is not None:
             self._revoke(subscription, code, reason)
@@ -702,13 +703,12 @@ class PubSubConnection(Connection[Any, Any]):
         subscription = self._subscriptions.get(channel)
         if subscription is not None:
             self._forget(subscription)
-            await asyncio.wait([self._leave_later(subscription)])
+            # Others are to see it as soon as the client does; but without an answer the client would be lost.
+            await asyncio.wait([self._leave_later(subscription)], timeout=_LEAVE_TIME)
 
     def subscription_lost(self, subscription: _Subscription) -> None:
         """Publications are lost to it. Called by the hub."""
-        logger.info(
-            "a client at %r is told that publications to %r were lost", self.scope["path"], subscription.channel
-        )
+        logger.info("%r is told that publications to %r were lost", self.scope["path"], subscription.channel)
         if subscription.server_side:
             self.cut(3010, "insufficient state")
         else:
@@ -786,7 +786,7 @@ class PubSubConnection(Connection[Any, Any]):
             allowed = rule.publish and channel in self._subscriptions
         if not allowed:
             raise CommandError(103)
-        await self._context.publish(channel, msgspec.json.decode(request.data), sender=self._publisher)
+        await self._context.publish(channel, _read_any(request.data), sender=self._publisher)
 
     async def _presence(self, channel: str) -> str:
         self._check_presence(channel)

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -67,6 +69,14 @@ class Talk:
         assert answer.pop("id") == self._id
         assert len(answer) == 1
         return answer.get(name, answer.get("error"))
+
+    async def ask_nothing(self) -> None:
+        """Nothing comes for a moment."""
+        waiting = asyncio.create_task(self.hear())
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.wait([waiting])
 
     async def pushed(self, kind: str) -> Any:
         answer = await self.hear()
@@ -1022,3 +1032,538 @@ async def test_the_server_subscribes_and_unsubscribes_whenever_it_likes() -> Non
             ("unsubscribe", {"channel": "x", "reason": ""}),
         ):
             assert "code" in (await server_does(method, **options))[1], (method, options)
+
+
+# What expires
+
+
+def expiring_hub() -> Hub:
+    hub = Hub()
+
+    async def authenticate(conn: PubSubConnection, token: str) -> Grant | None:
+        user, _, seconds = token.partition("/")
+        if user == "busy":
+            raise CommandError(111, temporary=True)
+        if user == "banned":
+            raise CommandError(403, "banned")
+        return (
+            Grant(user=user or None, expires_at=time.time() + float(seconds) if seconds else None)
+            if user != "?"
+            else None
+        )
+
+    hub.serve_pubsub("/live", authenticate=authenticate)
+
+    @hub.channel("private", presence=True)
+    async def private(conn: Connection, token: str) -> Grant | bool:
+        return token != "no" and Grant(expires_at=time.time() + float(token) if token else None)
+
+    @hub.channel("simple")
+    async def simple(conn: Connection) -> bool:
+        return True
+
+    return hub
+
+
+async def test_a_connection_lasts_as_long_as_its_token_and_some_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = expiring_hub()
+    async with talk(hub) as client:
+        result = await client.ask("connect", token="ann/60")
+        assert (result["expires"], result["ttl"]) == (True, 60)
+        assert await client.ask("refresh", token="busy") == {
+            "code": 111,
+            "message": "too many requests",
+            "temporary": True,
+        }
+        result = await client.ask("refresh", token="ann/30")
+        assert (result["expires"], result["ttl"]) == (True, 30)
+        # Of the same user, as far as is said.
+        assert (await client.ask("refresh", token="/20"))["ttl"] == 20
+        # From now on it doesn't expire at all.
+        assert "expires" not in await client.ask("refresh", token="ann")
+        await client.say(client.command("refresh", token="ann"))
+        assert await client.closed() == (3501, "bad request")
+    for token, closed in {
+        "?": (3500, "invalid token"),
+        "banned": (3500, "invalid token"),
+        "bob/60": (3500, "invalid token"),
+        "ann/-1": (3005, "connection expired"),
+    }.items():
+        async with talk(hub) as client:
+            await client.ask("connect", token="ann/60")
+            await client.say(client.command("refresh", token=token))
+            assert await client.closed() == closed
+    monkeypatch.setattr("asgi_ws.endpoints.pubsub._GRACE", -0.98)
+    async with talk(hub) as client:
+        await client.ask("connect", token="ann/0.5")
+        assert await client.closed() == (3005, "connection expired")
+    async with talk(hub) as client:
+        assert (await client.ask("connect", token="ann/-1"))["code"] == 109
+
+
+async def test_a_user_that_expires_without_a_token_is_not_asked_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+
+    async def authenticate(conn: PubSubConnection, token: str) -> Grant:
+        return Grant(expires_at=time.time() + 0.01)
+
+    hub.serve_pubsub("/live", authenticate=authenticate)
+    monkeypatch.setattr("asgi_ws.endpoints.pubsub.math.ceil", lambda left: 0.01)
+    async with talk(hub) as client:
+        assert "expires" not in await client.ask("connect")
+        assert await client.closed() == (3005, "connection expired")
+
+
+async def test_a_subscription_lasts_as_long_as_its_token_and_some_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = expiring_hub()
+    async with connected(hub) as client:
+        assert await client.ask("subscribe", channel="private", token="60") == {"expires": True, "ttl": 60}
+        refreshed = await client.ask("sub_refresh", channel="private", token="30")
+        assert refreshed == {"expires": True, "ttl": 30}
+        assert await client.ask("sub_refresh", channel="private", token="") == {}
+        assert (await client.ask("sub_refresh", channel="private", token="-1"))["code"] == 109
+        assert (await client.ask("sub_refresh", channel="simple", token="1"))["code"] == 103
+        await client.ask("subscribe", channel="simple")
+        assert await client.ask("sub_refresh", channel="simple", token="1") == {}
+        monkeypatch.setattr("asgi_ws.endpoints.pubsub._GRACE", -0.98)
+        await client.ask("sub_refresh", channel="private", token="0.5")
+        push = await client.pushed("unsubscribe")
+        assert push["unsubscribe"] == {"code": 2501, "reason": "subscription expired"}
+        await client.ask("subscribe", channel="private", token="60")
+        await client.say(client.command("sub_refresh", channel="private", token="no"))
+        assert await client.closed() == (3500, "invalid token")
+
+
+async def test_an_expiring_subscription_that_was_left_ends_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_ws.endpoints.pubsub._GRACE", -0.95)
+    async with connected(expiring_hub()) as client:
+        await client.ask("subscribe", channel="private", token="0.5")
+        await client.ask("unsubscribe", channel="private")
+        await asyncio.sleep(0.08)
+        assert (await client.ask("sub_refresh", channel="private", token="1"))["code"] == 103
+
+
+# Pings
+
+
+async def test_clients_are_pinged_and_answer() -> None:
+    hub = open_hub(limits=Limits(ping_interval=0.06, ping_timeout=0.05))
+    async with connected(hub) as client:
+        for _ in range(3):
+            assert await client.hear() == {}
+            await client.say({})
+        assert await client.hear() == {}
+        await client.say({}, {})
+        assert await client.closed() == (3501, "bad request")
+
+
+async def test_a_client_that_does_not_answer_is_closed() -> None:
+    hub = open_hub(limits=Limits(ping_interval=0.05, ping_timeout=0.04))
+    async with connected(hub) as client:
+        assert await client.closed() == (3012, "no pong")
+
+
+async def test_pongs_need_not_come_where_nobody_waits_for_them() -> None:
+    hub = open_hub(limits=Limits(ping_interval=0.02, ping_timeout=None))
+    async with connected(hub) as client:
+        assert [await client.hear() for _ in range(3)] == [{}] * 3
+
+
+async def test_a_pong_that_was_not_read_yet_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asgi_ws.endpoints.pubsub._AT_ONCE", 1)
+    hub = Hub(limits=Limits(ping_interval=0.05, ping_timeout=0.03))
+    hub.serve_pubsub("/live")
+
+    @hub.rpc("slow")
+    async def slow(conn: Connection) -> None:
+        await asyncio.sleep(0.2)
+
+    async with connected(hub) as client:
+        await client.say(client.command("rpc", method="slow"), client.command("rpc", method="slow"))
+        while (heard := await client.hear()) != {"id": 2, "rpc": {"data": None}}:
+            assert heard == {}
+
+
+# The end
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "seen"),
+    [
+        (1000, "", (3503, "force disconnect")),
+        (1008, "disconnected", (3503, "disconnected")),
+        (1011, "", (3004, "internal server error")),
+        (1012, "", (3001, "shutdown")),
+        (3000, "", (3000, "disconnected")),
+        (4500, "be gone", (4500, "be gone")),
+        # JSON would be an order to the JavaScript client.
+        (4500, "42", (4500, "disconnected")),
+        (4500, '{"reconnect":true}', (4500, "disconnected")),
+        (4500, "[" * 120, (4500, "[" * 120)),
+        (4500, "x" * 200, (4500, "x" * 123)),
+    ],
+)
+async def test_close_codes_are_those_that_clients_know(code: int, reason: str, seen: tuple[int, str]) -> None:
+    hub = Hub()
+    hub.serve_pubsub("/live")
+
+    @hub.rpc("close")
+    async def close(conn: Connection) -> None:
+        await conn.close(code, reason)
+
+    async with connected(hub) as client:
+        await client.say(client.command("rpc", method="close"))
+        assert await client.closed() == seen
+
+
+async def test_messages_that_are_too_big_end_the_connection() -> None:
+    async with connected(open_hub(limits=Limits(message_size=1000))) as client:
+        await client.client.send("x" * 2000)
+        code, reason = await client.closed()
+        assert code == 1009
+        assert reason
+
+
+async def test_a_slow_client_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = open_hub(limits=Limits(outbox_size=1000, write_timeout=0.3))
+    async with hub, connected(hub) as client:
+        await client.ask("subscribe", channel="room:a")
+        (conn,) = hub.context.clients.values()
+        for _ in range(200):
+            await hub.publish("room:a", "x" * 10_000)
+        assert not conn._outbox.dropped  # type: ignore[attr-defined]
+        with contextlib.suppress(TimeoutError):
+            assert (await client.closed())[0] == 3008
+
+
+async def test_an_endpoint_without_its_hub_says_so() -> None:
+    hub = open_hub()
+    with pytest.raises(RuntimeError, match="add WebSocketMiddleware"):
+        async with connect(hub.routes[0].app, "/live"):
+            pass
+
+
+# What breaks
+
+
+class Broken(MemoryBroker):
+    """One whose parts fail when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: set[str] = set()
+        self.waits: dict[str, asyncio.Event] = {}
+        self.reached = asyncio.Event()
+
+    async def _check(self, what: str, channel: str) -> None:
+        if what in self.waits:
+            self.reached.set()
+            await self.waits[what].wait()
+        if what in self.fails or f"{what} {channel}" in self.fails:
+            raise BrokerError("broken")
+
+    async def subscribe(self, channel: str) -> None:
+        await self._check("events" if channel.startswith("\x1f") else "subscribe", channel)
+        await super().subscribe(channel)
+
+    async def publish(self, channel: str, payload: Any, **options: Any) -> Any:
+        await self._check("publish", channel)
+        return await super().publish(channel, payload, **options)
+
+    async def enter(self, channel: str, connection: str, key: str, value: str, *, expiry: float) -> bool:
+        await self._check("enter", channel)
+        return await super().enter(channel, connection, key, value, expiry=expiry)
+
+    async def leave(self, channel: str, connection: str, *, grace: float) -> None:
+        await self._check("leave", channel)
+        await super().leave(channel, connection, grace=grace)
+
+
+async def test_a_broker_that_fails_is_an_error_for_the_moment() -> None:
+    broker = Broken()
+    later = {"code": 100, "message": "internal server error", "temporary": True}
+    async with connected(open_hub(broker=broker)) as client:
+        broker.fails = {"subscribe"}
+        assert await client.ask("subscribe", channel="room:a") == later
+        broker.fails = {"publish"}
+        assert await client.ask("subscribe", channel="room:b") == {}
+        push = await client.pushed("unsubscribe")
+        assert push["unsubscribe"]["code"] == 2500
+        broker.fails = {"events"}
+        await client.say(client.command("subscribe", channel="room:c", join_leave=True))
+        assert (await client.hear())["subscribe"] == {}
+        await client.pushed("unsubscribe")
+        broker.fails = set()
+        assert await client.ask("subscribe", channel="room:d") == {}
+        broker.fails = {"publish"}
+        assert await client.ask("publish", channel="room:d", data=1) == later
+
+
+async def test_a_broker_that_fails_while_a_client_connects_fails_that() -> None:
+    broker = Broken()
+    hub = Hub(broker)
+
+    async def channels(conn: Connection) -> list[str]:
+        return ["first", "second"]
+
+    hub.serve_pubsub("/live", channels=channels)
+    broker.fails = {"subscribe second"}
+    async with hub, talk(hub) as client:
+        assert (await client.ask("connect"))["temporary"]
+        assert not hub.context.pubsub.has_subscribers("first")
+        broker.fails = set()
+        async with talk(hub) as again:
+            assert set((await again.ask("connect"))["subs"]) == {"first", "second"}
+
+
+async def test_what_is_nested_too_deeply_is_nobodys_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with connected(open_hub()) as client:
+        await client.ask("subscribe", channel="room:a")
+        with pytest.raises(ConnectionClosed) as raised:
+            for depth in range(900, 1100):
+                data = "[" * depth + "]" * depth
+                await client.client.send(f'{{"id":{depth},"publish":{{"channel":"room:a","data":{data}}}}}')
+                answers = [str(await client.client.receive()) for _ in range(2)]
+                assert f'{{"id":{depth},"publish":{{}}}}' in answers
+        assert raised.value.code == 3501
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_the_servers_channels_count_and_a_closed_connection_takes_none() -> None:
+    hub = Hub(limits=Limits(channels=1))
+    hub.serve_pubsub("/live")
+    failures = []
+
+    @hub.rpc("subscribe")
+    async def subscribe(conn: PubSubConnection) -> None:
+        await conn.subscribe("a")
+        with pytest.raises(SubscriptionDenied, match="1 channels"):
+            await conn.subscribe("b")
+        closing = asyncio.create_task(conn.close(4500, "done"))
+        await asyncio.sleep(0)
+        with pytest.raises(ConnectionClosed):
+            await conn.subscribe("c")
+        failures.append(await closing)
+        await conn.send("nobody hears it")
+
+    async with connected(hub) as client:
+        await client.say(client.command("rpc", method="subscribe"))
+        assert await client.closed() == (4500, "done")
+    assert failures == [None]
+
+
+async def test_a_loss_is_told_once() -> None:
+    hub = open_hub()
+    async with hub, connected(hub) as client:
+        await client.ask("subscribe", channel="news")
+        (conn,) = hub.context.clients.values()
+        subscription = conn._subscriptions["news"]  # type: ignore[attr-defined]
+        subscription.lost("news")
+        subscription.lost("news")
+        await client.pushed("unsubscribe")
+        assert "epoch" in await client.ask("subscribe", channel="news")
+
+
+async def test_a_channel_may_be_left_again_before_the_client_is_told_of_it() -> None:
+    hub = Hub()
+
+    async def channels(conn: PubSubConnection) -> list[str]:
+        await conn.subscribe("first")
+        await conn.unsubscribe("first")
+        return ["second", "second"]
+
+    hub.serve_pubsub("/live", channels=channels)
+    async with talk(hub) as client:
+        assert list((await client.ask("connect"))["subs"]) == ["second"]
+        await hub.publish("first", 1)
+        await client.ask_nothing()
+
+
+async def test_a_rule_may_end_what_it_is_asked_to_renew() -> None:
+    hub = Hub()
+    hub.serve_pubsub("/live")
+
+    @hub.channel("private")
+    async def private(conn: PubSubConnection, token: str) -> bool:
+        if token == "again":
+            await conn.unsubscribe("private")
+        return True
+
+    async with connected(hub) as client:
+        await client.ask("subscribe", channel="private")
+        await client.say(client.command("sub_refresh", channel="private", token="again"))
+        await client.pushed("unsubscribe")
+        assert (await client.hear())["error"]["code"] == 103
+
+
+async def test_whoever_leaves_while_it_comes_back_to_a_channel_leaves_nothing_behind() -> None:
+    broker = Broken()
+    hub = open_hub(broker=broker)
+    async with hub:
+        async with connected(hub) as client:
+            await client.ask("subscribe", channel="room:a")
+            broker.waits = {"leave": asyncio.Event()}
+            await client.say(client.command("unsubscribe", channel="room:a"))
+            await broker.reached.wait()
+            (conn,) = hub.context.clients.values()
+            again = asyncio.create_task(conn.subscribe("room:a"))  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+            await client.client.vanish()
+            await asyncio.sleep(0.02)
+            broker.waits.pop("leave").set()
+            await asyncio.wait([again])
+        assert await hub.presence("room:a") == []
+        assert not hub.context.pubsub.has_subscribers("room:a")
+
+
+async def test_what_others_see_has_to_be_json() -> None:
+    hub = Hub()
+    hub.serve_pubsub("/live")
+
+    @hub.channel("room", presence=True)
+    async def room(conn: Connection) -> Grant:
+        return Grant(info=object())
+
+    async with connected(hub) as client:
+        assert (await client.ask("subscribe", channel="room"))["code"] == 100
+        # Nothing is left of it.
+        assert (await client.ask("presence", channel="room"))["code"] == 103
+
+
+async def test_a_subscription_can_be_ended_while_it_begins() -> None:
+    broker = Broken()
+    hub = open_hub(broker=broker)
+
+    @hub.rpc("unsubscribe")
+    async def unsubscribe(conn: PubSubConnection, channel: str) -> None:
+        await conn.unsubscribe(channel)
+
+    @hub.rpc("subscribe")
+    async def subscribe(conn: PubSubConnection, channel: str) -> None:
+        await conn.subscribe(channel)
+
+    async with connected(hub) as client:
+        for what in ("subscribe", "enter"):
+            for by_server in (True, False):
+                broker.reached.clear()
+                broker.waits = {what: asyncio.Event()}
+                if by_server:
+                    await client.say(client.command("rpc", method="subscribe", data="room:a"))
+                else:
+                    await client.say(client.command("subscribe", channel="room:a"))
+                await broker.reached.wait()
+                await client.say(client.command("rpc", method="unsubscribe", data="room:a"))
+                while not broker.waits[what].is_set():
+                    await asyncio.sleep(0.01)
+                    broker.waits[what].set()
+                heard = [await client.hear() for _ in range(4 if by_server else 3)]
+                kinds = [next(iter(each.get("push", {}).keys() - {"channel"}), "") for each in heard]
+                assert "unsubscribe" in kinds
+                if by_server:
+                    assert kinds.index("subscribe") < kinds.index("unsubscribe")
+                broker.waits = {}
+                await hub.publish("room:a", "nobody hears it")
+                assert await client.ask("subscribe", channel="room:a") == {}
+                await client.ask("unsubscribe", channel="room:a")
+
+
+async def test_whoever_leaves_while_it_subscribes_leaves_nothing_behind() -> None:
+    broker = Broken()
+    hub = open_hub(broker=broker)
+    async with hub:
+        for what in ("subscribe", "enter"):
+            broker.reached.clear()
+            broker.waits = {what: asyncio.Event()}
+            async with connected(hub) as client:
+                await client.say(client.command("subscribe", channel="room:a"))
+                await broker.reached.wait()
+                await client.client.vanish()
+                broker.waits[what].set()
+            broker.waits = {}
+            assert not hub.context.pubsub.has_subscribers("room:a")
+            assert await hub.presence("room:a") == []
+
+
+async def test_who_comes_back_to_a_channel_waits_until_it_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broken()
+    hub = open_hub(broker=broker)
+    monkeypatch.setattr("asgi_ws.endpoints.pubsub._LEAVE_TIME", 0.02)
+    async with hub, connected(hub) as client:
+        await client.ask("subscribe", channel="room:a")
+        broker.waits = {"leave": asyncio.Event()}
+        await client.ask("unsubscribe", channel="room:a")
+        await broker.reached.wait()
+        await client.say(client.command("subscribe", channel="room:a"))
+        await client.ask_nothing()
+        broker.waits.pop("leave").set()
+        assert client.of_reply(await client.hear(), "subscribe") == {}
+        assert len(await hub.presence("room:a")) == 1
+
+
+async def test_errors_of_the_application_are_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    hub = Hub()
+    hub.serve_pubsub("/live")
+
+    @hub.rpc("bug")
+    async def bug(conn: Connection) -> None:
+        raise ZeroDivisionError("secret")
+
+    async with connected(hub) as client:
+        assert "secret" not in json.dumps(await client.ask("rpc", method="bug"))
+    assert [record.levelno for record in caplog.records if record.name == "asgi_ws"] == [logging.ERROR]
+
+
+# Mistakes of the developer
+
+
+def test_functions_that_can_not_work_are_refused_at_once() -> None:
+    hub = Hub()
+
+    async def right(conn: Connection, token: str) -> Grant | None:
+        return None
+
+    def not_async(conn: Connection, token: str) -> None:
+        return None
+
+    async def takes_nothing() -> None:
+        return None
+
+    for name in ("authenticate", "channels", "on_message"):
+        for function in (not_async, takes_nothing):
+            with pytest.raises(TypeError):
+                hub.serve_pubsub("/live", **{name: function})  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        hub.channel("a:{b}", publish=right)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        hub.channel("b:{b}", publish=not_async)  # type: ignore[arg-type]
+    hub.serve_pubsub("/live", authenticate=right)
+    with pytest.raises(ValueError, match="already"):
+        hub.serve_pubsub("/live")
+    with pytest.raises(ValueError, match="begin with"):
+        hub.serve_pubsub("live")
+
+    async def rpc(conn: Connection, a: int, b: int) -> None:
+        return None
+
+    with pytest.raises(TypeError):
+        hub.rpc("name")(rpc)
+    with pytest.raises(TypeError):
+        hub.rpc("name")(not_async)  # type: ignore[type-var]
+    hub.rpc("name")(right)
+    with pytest.raises(ValueError, match="already"):
+        hub.rpc("name")(right)
+
+
+async def test_names_of_a_pattern_are_never_what_the_client_says() -> None:
+    hub = Hub()
+    hub.serve_pubsub("/live")
+    heard = []
+
+    @hub.channel("{token}:{data}")
+    async def rule(conn: Connection, token: str, data: str) -> bool:
+        heard.append((token, data))
+        return True
+
+    async with connected(hub) as client:
+        await client.ask("subscribe", channel="a:b", token="x", data="y")
+    assert heard == [("a", "b")]
