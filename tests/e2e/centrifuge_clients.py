@@ -9,8 +9,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import websockets.exceptions
-
 from tests.e2e.node import HERE, node
 from tests.servers import Address
 
@@ -293,9 +291,7 @@ async def python_client(
     try:
         yield client
     finally:
-        # It raises when the server is about to close the same connection.
-        with contextlib.suppress(websockets.exceptions.InvalidState):
-            await client.do("disconnect")
+        await client.do("disconnect")
 
 
 Client = NodeClient | PythonClient

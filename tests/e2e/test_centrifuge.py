@@ -17,7 +17,7 @@ from examples import dashboard_centrifuge
 from tests.e2e.centrifuge_clients import Client, Failed, client_of
 from tests.e2e.node import HERE, Browser, chromium, node
 from tests.endpoints.test_pubsub import no_page
-from tests.servers import ROOT, UvicornServer, serve
+from tests.servers import OURS, ROOT, UvicornServer, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -108,7 +108,7 @@ def make_hub(**limits: Any) -> Hub:
 
 @contextlib.asynccontextmanager
 async def serving(hub: Hub) -> AsyncIterator[UvicornServer]:
-    async with serve(WebSocketMiddleware(no_page, hub=hub)) as server:
+    async with serve(WebSocketMiddleware(no_page, hub=hub), ws=OURS) as server:
         yield server
 
 
