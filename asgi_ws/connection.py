@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 from typing_extensions import TypeVar
 
-from asgi_ws._types import Handler
+from asgi_ws._types import Handler, Overflow
 from asgi_ws.channels import check_name
 from asgi_ws.context import STOP_TIME, Context, Exchange
 from asgi_ws.exceptions import (
@@ -148,6 +148,10 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """What waits for the client. Raises `ConnectionClosed`, or `RuntimeError` before the handshake."""
         return self._opened(self._outbox)
 
+    @property
+    def _overflow(self) -> Overflow:
+        return self._context.overflow
+
     # The handshake
 
     async def accept(
@@ -183,7 +187,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
             self._protocol = self._session.adapt(self._protocol)
         limits = self._context.limits
         self._link = find_link(self._exchange.send, self.scope.get("extensions"))
-        self._outbox = Outbox(self._link, limits.outbox_size, self._context.overflow, self._too_slow)
+        self._outbox = Outbox(self._link, limits.outbox_size, self._overflow, self._too_slow)
         self._inbox = Inbox(limits)
         self._context.connections.watch(self._link, self)
         self._context.clients[self.id] = self

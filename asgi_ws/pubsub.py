@@ -140,9 +140,9 @@ class PubSub:
         """What the broker has kept of a channel, and nothing where that isn't all since the position. Raises
         `BrokerError`, and `ValueError` when the channel keeps none."""
         if since is None:
-            return await self.kept(channel, limit=limit)
+            return await self.read_history(channel, limit=limit)
         # One at least, which shows whether nothing is missing before it.
-        history = await self.kept(channel, since=since, limit=None if limit is None else max(limit, 1))
+        history = await self.read_history(channel, since=since, limit=None if limit is None else max(limit, 1))
         found = history.publications
         if not (follows(since, found[0]) if found else since == history.position):
             return History((), history.position, complete=False)
@@ -162,13 +162,13 @@ class PubSub:
             raise ValueError(f"{type(self._broker).__name__} keeps nothing")
         return self._broker
 
-    async def kept(self, channel: str, *, since: Position | None = None, limit: int | None = None) -> History:
+    async def read_history(self, channel: str, *, since: Position | None = None, limit: int | None = None) -> History:
         """What the broker has kept of a channel, whatever is missing in between. Raises what `history` does."""
-        if not self.keeps(channel):
+        if not self.has_history(channel):
             raise ValueError(f"{channel!r} has no history; declare one with hub.channel({channel!r}, history=...)")
         return await typing.cast(HistoryBroker, self._broker).history(channel, since=since, limit=limit)
 
-    def keeps(self, channel: str) -> bool:
+    def has_history(self, channel: str) -> bool:
         """Whether the channel has a history."""
         return self._retention(channel) is not None and isinstance(self._broker, HistoryBroker)
 

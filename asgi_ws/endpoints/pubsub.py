@@ -13,6 +13,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from asgi_ws._types import Overflow
 from asgi_ws.channels import Grant, Rule, check_name
 from asgi_ws.connection import Connection
 from asgi_ws.context import Context, Exchange
@@ -98,7 +99,7 @@ class PubSubEndpoint:
         self.authenticate = authenticate
         self.channels = channels
         self.on_message = on_message
-        self.protocol = CentrifugeProtocol(lambda channel: context.pubsub.keeps(channel))
+        self.protocol = CentrifugeProtocol(lambda channel: context.pubsub.has_history(channel))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = scope.get("asgi_ws")
@@ -210,7 +211,8 @@ class PubSubConnection(Connection[Any, Any]):
     """A client that speaks the Centrifuge protocol.
 
     For the application's functions it is a `Connection` that nothing is received from: its `subscribe` and
-    `unsubscribe` are the protocol's server-side ones, and `send` sends a message.
+    `unsubscribe` are the protocol's server-side ones, and `send` sends a message. Whatever the hub's `overflow` says,
+    one that is too slow is closed: it comes back, and recovers.
     """
 
     def __init__(self, scope: Scope, exchange: Exchange, endpoint: PubSubEndpoint) -> None:
@@ -262,6 +264,11 @@ class PubSubConnection(Connection[Any, Any]):
     @property
     def channels(self) -> frozenset[str]:
         return frozenset(self._subscriptions)
+
+    @property
+    def _overflow(self) -> Overflow:
+        # A publication that was dropped would be a hole that the client can't see; one that comes back recovers.
+        return "close"
 
     @property
     def held_size(self) -> int:
@@ -639,11 +646,11 @@ class PubSubConnection(Connection[Any, Any]):
     async def _since(self, channel: str, wanted: Since) -> Position | None:
         """From where to recover, where there is something to recover from."""
         pubsub = self._context.pubsub
-        if not pubsub.keeps(channel):
+        if not pubsub.has_history(channel):
             return None
         if wanted.epoch:
             return Position(wanted.offset, wanted.epoch)
-        return Position(wanted.offset, (await pubsub.kept(channel, limit=0)).position.epoch)
+        return Position(wanted.offset, (await pubsub.read_history(channel, limit=0)).position.epoch)
 
     def _rule(self, channel: str) -> tuple[Rule, dict[str, Any]]:
         """Clients may ask only for what there is a rule for."""
@@ -813,12 +820,12 @@ class PubSubConnection(Connection[Any, Any]):
     async def _history(self, request: HistoryRequest) -> str:
         channel, since, pubsub = request.channel, request.since, self._context.pubsub
         self._rule_of_subscribed(channel)
-        if not pubsub.keeps(channel):
+        if not pubsub.has_history(channel):
             raise CommandError(108)
         if request.reverse and since is not None and not since.offset:
             raise CommandError(107, "nothing comes before the first one")
         limit = _MAX_PUBLICATIONS if request.limit < 0 else min(request.limit, _MAX_PUBLICATIONS)
-        history = await pubsub.kept(channel, limit=0)
+        history = await pubsub.read_history(channel, limit=0)
         epoch = history.position.epoch
         if since is not None and since.epoch not in ("", epoch):
             raise CommandError(112)
@@ -831,7 +838,7 @@ class PubSubConnection(Connection[Any, Any]):
                 start = Position(max(min(since.offset, history.position.offset + 1) - 1 - limit, 0), epoch)
             else:
                 start = Position(since.offset, epoch)
-            history = await pubsub.kept(channel, since=start, limit=limit)
+            history = await pubsub.read_history(channel, since=start, limit=limit)
         found = history.publications
         if request.reverse:
             before = math.inf if since is None else since.offset
