@@ -10,17 +10,13 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from asgi_ws.connection import Connection
-from asgi_ws.exceptions import AsgiWsError
+from asgi_ws.exceptions import InvalidToken, TokenExpired
 from asgi_ws.hub import Hub
 from asgi_ws.payloads import json_decoder, to_json
 
 __all__ = ["JWT", "InvalidToken", "Tickets"]
 
 _SYMMETRIC = {"HS256", "HS384", "HS512"}
-
-
-class InvalidToken(AsgiWsError):
-    """A token isn't valid: not signed by whom it has to be, expired, or not meant for this application."""
 
 
 class JWT:
@@ -69,7 +65,7 @@ class JWT:
         self._leeway = leeway
 
     def verify(self, token: str) -> dict[str, Any]:
-        """The claims of a token. Raises `InvalidToken`."""
+        """The claims of a token. Raises `InvalidToken`, and `TokenExpired`, which is one, for what was right once."""
         try:
             key = self._key
             if isinstance(key, Mapping):
@@ -85,6 +81,8 @@ class JWT:
             )
         except KeyError as error:
             raise InvalidToken("it names no key that is known") from error
+        except self._jwt.ExpiredSignatureError as error:
+            raise TokenExpired(str(error)) from error
         except self._jwt.InvalidTokenError as error:
             raise InvalidToken(str(error)) from error
         return claims

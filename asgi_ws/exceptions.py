@@ -9,7 +9,8 @@ AsgiWsError
 ├── SubscriberTooSlow     a subscription on the server's side was left unread for too long
 ├── PublicationsLost      publications are missing that the channel's history hasn't got any more
 ├── CommandError          a command of a client of the Centrifuge protocol fails
-├── TokenExpired          a token was right once
+├── InvalidToken          a token isn't right
+│   └── TokenExpired      it was right once
 ├── HubNotRunning         the hub was used before it was started
 └── BrokerError           a publication may not have gone out
 """
@@ -23,6 +24,7 @@ __all__ = [
     "InvalidChannel",
     "InvalidMessage",
     "InvalidPosition",
+    "InvalidToken",
     "PublicationsLost",
     "SubscriberTooSlow",
     "SubscriptionDenied",
@@ -161,7 +163,11 @@ class CommandError(AsgiWsError):
         return f"{self.message} ({self.code})"
 
 
-class TokenExpired(AsgiWsError):
+class InvalidToken(AsgiWsError):
+    """A token isn't valid: not signed by whom it has to be, expired, or not meant for this application."""
+
+
+class TokenExpired(InvalidToken):
     """The token was right until it expired: the client is to come back with a new one."""
 
 

@@ -174,8 +174,9 @@ class Hub:
         `publish` says so; and call what `rpc` decorates.
 
         `authenticate` is an async function that gets the connection and the client's `token`, or `""`, and answers with
-        a `Grant`, or with `None` for a token that can't be right; it raises `TokenExpired` for one that was. Without it
-        everybody may connect whom middleware and `on_connect` have let in. `channels` is an async function that answers
+        a `Grant`. For a token that can't be right it answers with `None` or raises `InvalidToken`, and for one that was
+        it raises `TokenExpired`, as `asgi_ws.auth.JWT.verify` does. Without it everybody may connect whom middleware
+        and `on_connect` have let in. `channels` is an async function that answers
         with the channels that the connection is subscribed to from the start, whatever their rules say. `on_message`
         gets the connection and what a client sends without asking for an answer.
 

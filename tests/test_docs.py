@@ -3,17 +3,19 @@
 import asyncio
 import importlib.util
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jwt
 import pytest
 import yaml
 from starlette.applications import Starlette
 
 import asgi_ws
-from asgi_ws import testing
+from asgi_ws import ConnectionClosed, testing
 from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parent.parent
@@ -337,3 +339,18 @@ async def test_tests_on_the_pages_pass(test: Any) -> None:
 
 def test_starlettes_own_client_works() -> None:
     snippet("testing_starlette").test_chat()
+
+
+@pytest.mark.anyio
+async def test_clients_that_choose_come_with_a_jwt() -> None:
+    program = snippet("auth_centrifuge")
+    for subject, seconds, expected in (("ann", 60, '"subs":{"user:ann"'), ("ann", -60, '"code":109')):
+        claims = {"sub": subject, "exp": time.time() + seconds}
+        token = jwt.encode(claims, "a secret of 32 bytes or more, kept", algorithm="HS256")
+        async with testing.connect(program.app, "/live") as client:
+            await client.send({"id": 1, "connect": {"token": token}})
+            assert expected in str(await client.receive())
+    async with testing.connect(program.app, "/live") as client:
+        await client.send({"id": 1, "connect": {"token": "wrong"}})
+        with pytest.raises(ConnectionClosed, match="3500: invalid token"):
+            await client.receive()

@@ -482,3 +482,30 @@ async def test_two_may_flush_and_one_that_is_cancelled_disturbs_nobody() -> None
     client.link.ready()
     await asyncio.gather(two, sent)
     assert client.link.taken == ["1", "2"]
+
+
+# What has to arrive and isn't waited for
+
+
+async def test_a_post_leaves_in_its_order_and_is_never_dropped() -> None:
+    client = Client(room=1, overflow="drop_oldest")
+    client.outbox.post(Frame("1"))
+    client.outbox.post(Frame("2"))
+    client.push("3" * 5, "4" * 5, "5" * 5)
+    client.outbox.post(Frame("6"))
+    client.link.ready()
+    assert client.link.taken == ["1", "2", "5" * 5, "6"]
+    assert (client.outbox.dropped, client.overflows) == (2, 0)
+
+
+async def test_posts_beyond_the_bound_are_too_much_but_one_of_any_size_is_not() -> None:
+    client = Client(room=0)
+    client.outbox._behind = True
+    client.outbox.post(Frame("larger than the outbox"))
+    assert client.overflows == 0
+    client.outbox.post(Frame("x"))
+    assert client.overflows == 1
+    client.outbox.end(CLOSED, discard=True)
+    client.outbox.post(Frame("nobody hears it"))
+    client.link.ready()
+    assert client.link.taken == []

@@ -25,6 +25,7 @@ from asgi_ws.exceptions import (
     HubNotRunning,
     InvalidChannel,
     InvalidMessage,
+    InvalidToken,
     SubscriptionDenied,
     TokenExpired,
 )
@@ -464,7 +465,12 @@ class PubSubConnection(Connection[Any, Any]):
         """What the application says of a token. Without its function, everybody may connect who came so far."""
         if self._endpoint.authenticate is None:
             return Grant()
-        grant = await self._endpoint.authenticate(self, token=token)
+        try:
+            grant = await self._endpoint.authenticate(self, token=token)
+        except TokenExpired:
+            raise
+        except InvalidToken:
+            grant = None
         if grant is None:
             if token:
                 raise InvalidMessage("invalid token", 3500)
@@ -882,7 +888,7 @@ def _failure(error: Exception) -> CommandError | None:
             return error
         case TokenExpired():
             return CommandError(109)
-        case SubscriptionDenied():
+        case SubscriptionDenied() | InvalidToken():
             return CommandError(103)
         case InvalidChannel():
             return CommandError(107, f"bad request: {error}")

@@ -20,6 +20,7 @@ from asgi_ws import (
     Grant,
     Hub,
     InvalidChannel,
+    InvalidToken,
     Limits,
     PubSubConnection,
     SubscriptionDenied,
@@ -160,6 +161,8 @@ async def test_the_application_says_who_connects() -> None:
             raise HTTPException(403, "no")
         if token == "bug":
             raise ZeroDivisionError
+        if token == "forged":
+            raise InvalidToken("not signed by us")
         return Grant(user=token[1:], data={"heard": conn.data, "token": conn.token}) if token.startswith("=") else None
 
     hub.serve_pubsub("/live", authenticate=authenticate)
@@ -187,9 +190,10 @@ async def test_the_application_says_who_connects() -> None:
             assert await client.ask("connect", token=token) == error
             await client.say(client.command("rpc", method="whoami"))
             assert await client.closed() == (3501, "bad request")
-    async with talk(hub) as client:
-        await client.say(client.command("connect", token="wrong"))
-        assert await client.closed() == (3500, "invalid token")
+    for token in ("wrong", "forged"):
+        async with talk(hub) as client:
+            await client.say(client.command("connect", token=token))
+            assert await client.closed() == (3500, "invalid token")
 
 
 @pytest.mark.parametrize(
