@@ -176,9 +176,9 @@ class Hub:
         `authenticate` is an async function that gets the connection and the client's `token`, or `""`, and answers with
         a `Grant`. For a token that can't be right it answers with `None` or raises `InvalidToken`, and for one that was
         it raises `TokenExpired`, as `asgi_ws.auth.JWT.verify` does. Without it everybody may connect whom middleware
-        and `on_connect` have let in. `channels` is an async function that answers
-        with the channels that the connection is subscribed to from the start, whatever their rules say. `on_message`
-        gets the connection and what a client sends without asking for an answer.
+        and `on_connect` have let in. `channels` is an async function that answers with the channels that the connection
+        is subscribed to from the start, whatever their rules say. `on_message` gets the connection and what a client
+        sends without asking for an answer.
 
         Raises `TypeError` or `ValueError` at once for a function or a path that can't work.
         """

@@ -66,7 +66,12 @@ class WebSocketMiddleware:
             self._websocket, origins=hub.context.origins, ping_interval=limits.ping_interval or _PING_INTERVAL
         )
         """What serves them to clients that read server-sent events."""
-        self.streams = CentrifugeTransport(self._websocket, origins=hub.context.origins, max_size=limits.message_size)
+        self.streams = CentrifugeTransport(
+            self._websocket,
+            origins=hub.context.origins,
+            max_size=limits.message_size,
+            relay=lambda: hub.context.relay,
+        )
         """What serves those of `serve_pubsub` to clients that can't have a WebSocket."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -36,6 +36,7 @@ from asgi_ws.transports.base import (
     websocket_scope,
     while_connected,
 )
+from asgi_ws.transports.relay import OwnerGone, Relay
 from asgi_ws.uvicorn import cut_off
 
 __all__ = ["KINDS", "CentrifugeTransport", "StreamLink"]
@@ -67,11 +68,11 @@ class StreamLink(AsgiLink):
 
     __slots__ = ("_cut", "_first", "_room", "_waiting_requests", "receiver", "secret", "transport")
 
-    def __init__(self, send: Send, cut: Callable[[], None], transport: str, first: str) -> None:
+    def __init__(self, send: Send, cut: Callable[[], None], transport: str, secret: str, first: str) -> None:
         super().__init__(send)
         self.transport = transport
         """The way by which the client comes."""
-        self.secret = secrets.token_urlsafe(24)
+        self.secret = secret
         """Whoever knows it speaks for the client."""
         self.receiver: Receiver | None = None
         self._cut = cut
@@ -133,24 +134,47 @@ class StreamLink(AsgiLink):
 
 class CentrifugeTransport:
     """Serves `app`, which takes websockets, to clients that can't have one. `origins` says which pages may connect;
-    `max_size` is how many bytes a request may have."""
+    `max_size` is how many bytes a request may have; `relay` is asked for what carries requests to other processes."""
 
-    def __init__(self, app: ASGIApp, *, origins: OriginPolicy, max_size: int | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        origins: OriginPolicy,
+        max_size: int | None,
+        relay: Callable[[], Relay | None] = lambda: None,
+    ) -> None:
         self.app = app
         self.origins = origins
         self.max_size = max_size
+        self._relay = relay
         self._sessions: dict[str, _Stream] = {}
         self._stopper = Stopper()
 
     def opened(self, stream: "_Stream") -> None:
         """A stream has begun. Called by it."""
-        self._sessions[stream.link.secret] = stream
+        secret, relay = stream.link.secret, self._relay()
+        self._sessions[secret] = stream
+        if relay is not None:
+            relay.own(secret, self._emulation)
         self._stopper.add(stream)
 
     def closed(self, stream: "_Stream") -> None:
         """The end of that."""
-        self._sessions.pop(stream.link.secret, None)
+        secret, relay = stream.link.secret, self._relay()
+        self._sessions.pop(secret, None)
+        if relay is not None:
+            relay.disown(secret)
         self._stopper.discard(stream)
+
+    def new_secret(self) -> str:
+        """What names a session, and nobody else's; where there are several processes it says which has it."""
+        relay = self._relay()
+        return secrets.token_urlsafe(24) if relay is None else relay.new_id()
+
+    async def _emulation(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that reached another process."""
+        await self(scope, receive, send, "emulation")
 
     def stop(self) -> None:
         """End all streams, as when the server stops."""
@@ -171,7 +195,7 @@ class CentrifugeTransport:
             try:
                 body = _connect_command(scope) if kind == "sse" else (await read_body(receive, self.max_size)).decode()
                 if kind == "emulation":
-                    await self._take(scope, send, headers, _read_emulated(body))
+                    await self._take(scope, _with_body(body, receive), send, headers, _read_emulated(body))
                 elif body.strip():
                     await self._stream(scope, receive, send, kind, body)
                 else:
@@ -184,9 +208,14 @@ class CentrifugeTransport:
                 # Nobody is there to be answered.
                 pass
 
-    async def _take(self, scope: Scope, send: Send, headers: Headers, said: _Emulated) -> None:
-        stream = self._sessions.get(said.session)
-        if stream is None or not stream.belongs_to(scope):
+    async def _take(self, scope: Scope, receive: Receive, send: Send, headers: Headers, said: _Emulated) -> None:
+        stream, relay = self._sessions.get(said.session), self._relay()
+        if stream is None and relay is not None and relay.is_elsewhere(said.session, scope):
+            try:
+                await relay.carry(said.session, scope, receive, send)
+            except OwnerGone:
+                await answer_with(send, 404, headers, b"there is no such session\n")
+        elif stream is None or not stream.belongs_to(scope):
             await answer_with(send, 404, headers, b"there is no such session\n")
         elif not await stream.link.deliver(said.data):
             await answer_with(send, 503, headers, b"too much waits\n")
@@ -209,6 +238,16 @@ class CentrifugeTransport:
                 await stream.finish()
 
 
+def _with_body(body: str, receive: Receive) -> Receive:
+    """A request's `receive` before its body was read."""
+    unheard = [{"type": "http.request", "body": body.encode(), "more_body": False}]
+
+    async def again() -> Message:
+        return unheard.pop() if unheard else await receive()
+
+    return again
+
+
 def _connect_command(scope: Scope) -> str:
     try:
         fields = parse_qsl(scope.get("query_string", b"").decode("ascii"), max_num_fields=20, errors="strict")
@@ -221,7 +260,7 @@ class _Stream:
     """A response that doesn't end, and the `receive` and `send` of the websocket that it imitates."""
 
     def __init__(self, transport: CentrifugeTransport, scope: Scope, send: Send, kind: Kind, command: str) -> None:
-        self.link = StreamLink(self._write, lambda: cut_off(send), kind, command)
+        self.link = StreamLink(self._write, lambda: cut_off(send), kind, transport.new_secret(), command)
         self._transport = transport
         self._scope = scope
         self._send = send

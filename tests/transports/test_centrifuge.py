@@ -11,11 +11,12 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from asgi_ws import Connection, Hub, Limits, WebSocketMiddleware
+from asgi_ws import Connection, ConnectionClosed, Hub, Limits, WebSocketMiddleware
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.testing import Response, connect, request, stream
-from asgi_ws.transports import CentrifugeTransport, StreamLink
+from asgi_ws.transports import CentrifugeTransport, Relay, StreamLink
 from tests.endpoints.test_pubsub import no_page
+from tests.transports.test_relay import bus, two  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.anyio
 
@@ -383,6 +384,56 @@ async def test_a_link_that_nobody_listens_to_takes_everything() -> None:
     async def send(message: Message) -> None:
         raise AssertionError("nothing is written")
 
-    link = StreamLink(send, lambda: None, "sse", CONNECT)
+    link = StreamLink(send, lambda: None, "sse", "secret", CONNECT)
     link.resume_reading()
     assert await link.deliver("{}")
+
+
+# Several processes
+
+
+class Listens:
+    """Hears what the client of the stream says."""
+
+    def __init__(self) -> None:
+        self.link: StreamLink | None = None
+        self.heard: list[str | bytes] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        self.link = scope["asgi_ws.session"]
+        self.link.listen(self, None)
+        await receive()
+
+    def message_received(self, payload: str | bytes) -> None:
+        self.heard.append(payload)
+
+    def connection_lost(self, closed: ConnectionClosed) -> None:
+        """The stream is over."""
+
+    def server_stopping(self) -> None:
+        raise AssertionError("nothing stops")
+
+
+async def test_requests_of_a_stream_may_reach_another_process(two: tuple[Relay, Relay]) -> None:  # noqa: F811
+    here, there = two
+    inner = Listens()
+    owner = CentrifugeTransport(inner, origins=OriginPolicy(), max_size=None, relay=lambda: here)
+    other = CentrifugeTransport(inner, origins=OriginPolicy(), max_size=None, relay=lambda: there)
+
+    async def opens(scope: Scope, receive: Receive, send: Send) -> None:
+        await owner(scope, receive, send, "http_stream")
+
+    async def takes(scope: Scope, receive: Receive, send: Send) -> None:
+        await other(scope, receive, send, "emulation")
+
+    async with stream(opens, "POST", "/", content=CONNECT, lifespan=False):
+        assert inner.link is not None
+        said = {"session": inner.link.secret, "data": "{}"}
+        response = await request(takes, "POST", "/", json=said, lifespan=False)
+        assert (response.status_code, response.content) == (204, b"")
+        assert inner.heard == [CONNECT, "{}"]
+    for session in (inner.link.secret, "unknown", there.new_id()):
+        response = await request(takes, "POST", "/", json={"session": session, "data": "{}"}, lifespan=False)
+        assert response.status_code == 404
