@@ -121,7 +121,7 @@ class _Subscription:
     __slots__ = (
         "_held",
         "_held_size",
-        "_in_reply",
+        "_told",
         "begun",
         "channel",
         "conn",
@@ -157,8 +157,8 @@ class _Subscription:
         self.revoked: tuple[int, str] | None = None
         self.result = ""
         self.timer: asyncio.TimerHandle | None = None
-        self._in_reply = 0
-        self._held: list[Publication] | None = None
+        self._told = True
+        self._held: list[Publication] = []
         self._held_size = 0
 
     @property
@@ -170,19 +170,23 @@ class _Subscription:
         """Publications are lost to it. Called by the hub."""
         self.conn.subscription_lost(self)
 
-    def begin(self, recovery: Recovery, *, hold: bool) -> None:
-        """The hub passes on the publications of `recovery` next, which the reply has had, and then new ones; with
-        `hold` those wait for `release`."""
+    def begin(self, *, told: bool, hold: bool = False) -> None:
+        """The hub passes on what was missed next, which the client has been `told` already or not, and then what is
+        new; with `hold` that waits for `release`."""
         self.begun = True
-        self._in_reply = len(recovery.publications)
-        self._held = [] if hold else None
-        if not (hold or self._in_reply) and self.revoked is None:
+        self._told = told or self.revoked is not None
+        if not hold and self.revoked is None:
             self.push = self.conn.push
+
+    def recover(self, publication: Publication) -> None:
+        """Take a publication that was missed. Called by the hub."""
+        if not self._told:
+            self.conn.recover(publication)
 
     def release(self) -> None:
         """The reply is out."""
-        held, self._held = self._held or [], None
         self.push = self.conn.push
+        held, self._held = self._held, []
         for publication in held:
             self.push(publication)
 
@@ -193,12 +197,7 @@ class _Subscription:
             self.timer.cancel()
 
     def _hold(self, publication: Publication) -> None:
-        if self._in_reply:
-            self._in_reply -= 1
-            if not self._in_reply and self._held is None:
-                self.push = self.conn.push
-            return
-        cast("list[Publication]", self._held).append(publication)
+        self._held.append(publication)
         self._held_size += publication.payload.size
         if self._held_size > self.conn.held_size:
             self.conn.cut(1013, "slow")
@@ -543,7 +542,7 @@ class PubSubConnection(Connection[Any, Any]):
 
         def begin(recovery: Recovery) -> None:
             nonlocal rejected
-            subscription.begin(recovery, hold=False)
+            subscription.begin(told=True)
             if since is not None and not recovery.recovered and request.flag & REJECT_UNRECOVERED:
                 rejected = self._forget(subscription)
                 return
@@ -607,7 +606,7 @@ class PubSubConnection(Connection[Any, Any]):
             waits = self._phase == "connecting"
             if not waits:
                 recovery = Recovery(recovery.recovered, recovery.position)
-            subscription.begin(recovery, hold=waits)
+            subscription.begin(told=waits, hold=waits)
             subscription.result = self._words.subscribe_result(recovery, since, recovering=recovering)
             if not waits:
                 self._say(push_text("subscribe", subscription.result, channel))
