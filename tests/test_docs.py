@@ -2,7 +2,10 @@
 
 import asyncio
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +188,53 @@ async def test_middleware_in_front_gives_the_user() -> None:
             pass
     async with testing.connect(app, "/whoami", headers={"Cookie": "session=f3a9"}) as client:
         assert await client.receive() == "ann"
+
+
+@pytest.mark.anyio
+async def test_token_lets_in_until_it_expires_or_a_newer_one_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "a secret of the application's, which is long enough"
+
+    def token(seconds: float, **claims: Any) -> str:
+        return jwt.encode({"sub": "ann", "aud": "chat", "exp": time.time() + seconds, **claims}, secret, "HS256")
+
+    monkeypatch.setenv("JWT_SECRET", secret)
+    app = snippet("auth_jwt").app
+    with pytest.raises(testing.Refused, match="401"):
+        async with testing.connect(app, "/whoami", headers={"Authorization": f"Bearer {token(60, aud='news')}"}):
+            pass
+    async with testing.connect(app, "/whoami", headers={"Cookie": f"token={token(60)}"}) as client:
+        assert str(await client.receive()).startswith("ann, until ")
+        await client.send(token(60, sub="bob"))
+        assert await client.receive() == "no: it is another user's"
+    async with testing.connect(app, "/whoami", subprotocols=["bearer", token(1.2)]) as client:
+        assert client.subprotocol == "bearer"
+        await client.receive()
+        with pytest.raises(asgi_ws.ConnectionClosed) as closed:
+            await client.receive()
+        assert (closed.value.code, closed.value.reason) == (4401, "expired")
+
+
+@pytest.mark.anyio
+async def test_ticket_lets_in_once() -> None:
+    app, origin = snippet("auth_tickets").app, {"Origin": "http://testserver"}
+    assert (await testing.request(app, "POST", "/ticket")).status_code == 401
+    ticket = (await testing.request(app, "POST", "/ticket", headers={"Cookie": "session=f3a9", **origin})).json()
+    async with testing.connect(app, f"/inbox?ticket={ticket}", headers=origin) as client:
+        assert await client.receive() == "hello ann"
+    with pytest.raises(testing.Refused, match="401"):
+        async with testing.connect(app, f"/inbox?ticket={ticket}", headers=origin):
+            pass
+
+
+def test_django_s_sessions_let_in(tmp_path: Path) -> None:
+    pytest.importorskip("django")
+    site = ROOT / "tests" / "django"
+    subprocess.run(
+        [sys.executable, site / "check.py", DOCS / "snippets" / "django_asgi.py"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{site}", "DJANGO_DATABASE": str(tmp_path / "database")},
+        check=True,
+        timeout=30,
+    )
 
 
 @pytest.mark.anyio
