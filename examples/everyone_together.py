@@ -1,4 +1,4 @@
-"""Clients of several kinds in one room; its page, everyone_together.html, has one of each.
+"""Clients of five kinds in one room; its page, everyone_together.html, has one of each.
 
 Run with: asgi-ws run examples.everyone_together:app
 """
@@ -46,6 +46,18 @@ async def connect(socket: Socket) -> None:
 @sio.on("say")
 async def said(socket: Socket, text: str) -> None:
     await say(f"Socket.IO by {socket.transport}", text)
+
+
+async def lobby(conn: Connection) -> list[str]:
+    return [ROOM]
+
+
+hub.serve_pubsub("/live", channels=lobby)  # the Centrifuge protocol
+
+
+@hub.rpc("say")
+async def called(conn: Connection, text: str) -> None:
+    await say(f"/live by {conn.transport}", text)
 
 
 @app.get("/")

@@ -3,6 +3,7 @@
 // something.
 
 import { createInterface } from "node:readline";
+import { Centrifuge } from "centrifuge";
 import { Socket } from "engine.io-client";
 import { io } from "socket.io-client";
 import WebSocket from "ws";
@@ -41,6 +42,11 @@ const socketio = io(`http://${host}`);
 socketio.on("connect", () => open("socketio"));
 socketio.on("message", show("socketio"));
 
+const centrifuge = new Centrifuge(`ws://${host}/live`, { websocket: WebSocket });
+centrifuge.on("connected", () => open("centrifuge"));
+centrifuge.on("publication", ({ data }) => show("centrifuge")(data));
+centrifuge.connect();
+
 const say = {
   websocket: text => socket.send(text),
   eventsource: text => fetch(`http://${host}/room/messages`, {
@@ -48,6 +54,7 @@ const say = {
   }),
   engineio: text => engine.send(text),
   socketio: text => socketio.emit("say", text),
+  centrifuge: text => centrifuge.rpc("say", text),
 };
 
 for await (const line of createInterface({ input: process.stdin })) {

@@ -76,7 +76,7 @@ async def engine_client(url: str, path: str, *, again: bool = False, **options: 
 @contextlib.asynccontextmanager
 async def everyone(host: str) -> AsyncIterator[NodeClient]:
     """The clients of examples/everyone_together.html, all in one process."""
-    for package in ("engine.io-client", "socket.io-client"):
+    for package in ("centrifuge", "engine.io-client", "socket.io-client"):
         node(package)
     async with _node_process("ws", "everyone.mjs", {"host": host}) as clients:
         yield clients

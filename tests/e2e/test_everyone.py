@@ -15,7 +15,7 @@ from tests.services import redis_server
 
 pytestmark = pytest.mark.anyio
 
-CLIENTS = ["websocket", "eventsource", "engineio", "socketio"]
+CLIENTS = ["websocket", "eventsource", "engineio", "socketio", "centrifuge"]
 PAGE = Path(everyone_together.__file__).with_suffix(".html")
 
 
@@ -31,7 +31,7 @@ async def connected(page: Page, clients: NodeClient) -> None:
     assert opened == set(CLIENTS)
     await page.until(f"document.querySelectorAll('section').length === {len(CLIENTS)}")
     for client in CLIENTS:
-        way = " by websocket" if client in ("engineio", "socketio") else ""
+        way = " by websocket" if client in ("engineio", "socketio", "centrifuge") else ""
         await page.until(f"document.querySelector('#{client} output').textContent === 'connected{way}'")
 
 
