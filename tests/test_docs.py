@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -105,6 +106,19 @@ def test_the_distribution_is_called_by_its_name(page: Path) -> None:
     # `asgi-ws` is somebody else's on the package index.
     for package in re.findall(r"(?:pip install|uv add|uv pip install)[^\n]*?\b(asgi-ws\S*)", page.read_text()):
         assert package.startswith("asgi-ws-hub"), package
+
+
+def test_what_pages_load_from_elsewhere_is_what_is_tested() -> None:
+    tested = json.loads((ROOT / "tests/e2e/package.json").read_text())["dependencies"]
+    for page in [*PAGES, *(ROOT / "examples").glob("*.html")]:
+        for name, version in re.findall(
+            r"https://(?:cdn\.jsdelivr\.net/npm|unpkg\.com)/([^@/]+)@([^/]+)/", page.read_text()
+        ):
+            assert tested[name] == version, page
+        assert set(re.findall(r'<script src="(?:https://)?([^/"]+)', page.read_text())) <= {
+            "cdn.jsdelivr.net",
+            "unpkg.com",
+        }
 
 
 # The programs

@@ -1,22 +1,19 @@
 """examples/everyone_together.py: what the page and Node have, in one room of two processes."""
 
-import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from examples import everyone_together
 from tests.e2e.clients import until
 from tests.e2e.node import Browser, NodeClient, Page, chromium, everyone
-from tests.servers import OURS, ROOT, run_process, serve
+from tests.servers import OURS, run_process, serve
 from tests.services import redis_server
 
 pytestmark = pytest.mark.anyio
 
 CLIENTS = ["websocket", "eventsource", "engineio", "socketio", "centrifuge"]
-PAGE = Path(everyone_together.__file__).with_suffix(".html")
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +85,3 @@ async def test_also_where_they_come_to_two_processes_over_redis(browser: Browser
                 said = await say_all(page, clients)
                 for client in CLIENTS:
                     assert await shown(page, client) == said
-
-
-def test_the_page_names_the_versions_that_are_tested() -> None:
-    named = dict(re.findall(r"cdn\.jsdelivr\.net/npm/([^@/]+)@([^/]+)/", PAGE.read_text()))
-    package = (ROOT / "tests/e2e/package.json").read_text()
-    assert named
-    for name, version in named.items():
-        assert f'"{name}": "{version}"' in package
