@@ -283,8 +283,9 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         check_name(channel)
         if isinstance(since, str):
             since = Position.parse(since)
-        if since is None and self._session is not None:
-            since = self._session.take_since(channel)
+        if self._session is not None:
+            # What the client has got since is newer than what its URL says.
+            since = self._session.take_since(channel) or since
         if channel in self._channels:
             return Recovery(False, None)
         rule, parameters = self._context.rules.find(channel)

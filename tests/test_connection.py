@@ -12,6 +12,7 @@ import fastapi
 import msgspec
 import pydantic
 import pytest
+from starlette.applications import Starlette
 from starlette.authentication import SimpleUser, UnauthenticatedUser
 from starlette.exceptions import HTTPException, WebSocketException
 
@@ -1037,3 +1038,62 @@ class Person:
 )
 async def test_a_user_is_known_by_what_identifies_it(user: typing.Any, user_id: str | None) -> None:
     assert known_as({"user": user}) == user_id
+
+
+async def test_a_broker_that_fails_closes_with_1013_and_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    broker = BusBroker(Bus())
+    hub = Hub(broker)
+    hub.channel("news", history=5)
+
+    @hub.websocket("/")
+    async def read(conn: Connection) -> None:
+        broker.fails = True
+        await conn.subscribe("news")
+
+    async with connect(WebSocketMiddleware(Starlette(), hub), "/") as client:
+        with pytest.raises(ConnectionClosed) as closed:
+            await client.receive()
+    assert (closed.value.code, closed.value.reason) == (1013, "try again later")
+    assert "the handler of '/' could not go on" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+async def test_what_a_client_published_for_the_others_is_not_what_it_has_missed() -> None:
+    hub = Hub()
+    hub.channel("news", history=5)
+
+    @hub.websocket("/")
+    async def chat(conn: Connection) -> None:
+        before = (await hub.history("news")).position
+        await conn.publish("news", "own", exclude_self=True)
+        await conn.publish("news", "for all")
+        assert (await conn.subscribe("news", since=before)).recovered
+
+    async with connect(WebSocketMiddleware(Starlette(), hub), "/") as client:
+        assert await client.receive() == "for all"
+        with pytest.raises(ConnectionClosed):
+            await client.receive()
+
+
+async def test_a_server_that_does_not_close_is_not_waited_for_for_ever() -> None:
+    hub = Hub(limits=Limits(write_timeout=0.1))
+
+    @hub.websocket("/")
+    async def ends(conn: Connection) -> None: ...
+
+    events = [{"type": "websocket.connect"}]
+    sent: list[str] = []
+
+    async def receive() -> typing.Any:
+        return events.pop() if events else await asyncio.Event().wait()
+
+    async def send(message: typing.Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "websocket.close":
+            await asyncio.Event().wait()
+
+    scope = {"type": "websocket", "path": "/", "headers": [], "query_string": b"", "subprotocols": []}
+    async with asyncio.timeout(5):
+        await WebSocketMiddleware(Starlette(), hub)(scope, receive, send)
+        await hub.__aexit__()
+    assert sent == ["websocket.accept", "websocket.close"]

@@ -21,6 +21,7 @@ from asgi_ws import Connection, ConnectionClosed, Hub, Limits, WebSocketMiddlewa
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.testing import Refused, connect, request, stream
 from asgi_ws.transports import EngineTransport
+from tests.bus import Bus, BusBroker
 from tests.transports.clients import EngineClient
 
 pytestmark = pytest.mark.anyio
@@ -1228,3 +1229,14 @@ async def test_polls_end_when_uvicorn_stops(site: Site) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     await until_ended(site)
+
+
+async def test_session_that_no_other_process_has_is_unknown() -> None:
+    bus = Bus()
+    one, other = Site(broker=BusBroker(bus)), Site(broker=BusBroker(bus))
+    async with one.hub, other.hub:
+        relay = other.hub.context.relay
+        assert relay is not None
+        path = f"/chat/lobby/?EIO=4&transport=polling&sid={relay.new_id()}"
+        response = await request(one.app, "GET", path, lifespan=False)
+        assert (response.status_code, response.json()["message"]) == (400, "Session ID unknown")
