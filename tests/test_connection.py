@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import logging
 import typing
-import uuid
 
 import anyio
 import fastapi
@@ -13,7 +12,6 @@ import msgspec
 import pydantic
 import pytest
 from starlette.applications import Starlette
-from starlette.authentication import SimpleUser, UnauthenticatedUser
 from starlette.exceptions import HTTPException, WebSocketException
 
 from asgi_ws import (
@@ -27,7 +25,6 @@ from asgi_ws import (
     SubscriptionDenied,
     WebSocketMiddleware,
 )
-from asgi_ws.origins import user_id as known_as
 from asgi_ws.presence import Member
 from asgi_ws.testing import Refused, connect
 from tests.bus import Bus, BusBroker
@@ -1008,36 +1005,6 @@ async def test_a_handler_that_is_cancelled_while_it_leaves_is_nowhere() -> None:
             broker.answer()
             await asyncio.sleep(0)
         assert await hub.presence("room") == []
-
-
-class Person:
-    def __init__(self, **attributes: typing.Any) -> None:
-        self.__dict__.update(attributes)
-
-
-@pytest.mark.parametrize(
-    ("user", "user_id"),
-    [
-        (None, None),
-        ("", None),
-        ("ann", "ann"),
-        (7, "7"),
-        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
-        (Person(id=uuid.UUID(int=1)), "00000000-0000-0000-0000-000000000001"),
-        (Person(identity="ann", id=7), "ann"),
-        (Person(id=7, display_name="Ann"), "7"),
-        (Person(id=0), "0"),
-        (Person(id=None), None),
-        (Person(id=""), None),
-        (Person(id=object()), None),
-        (SimpleUser("ann"), "ann"),
-        (UnauthenticatedUser(), None),
-        (Person(id=7, is_authenticated=False), None),
-        (Person(), None),
-    ],
-)
-async def test_a_user_is_known_by_what_identifies_it(user: typing.Any, user_id: str | None) -> None:
-    assert known_as({"user": user}) == user_id
 
 
 async def test_a_broker_that_fails_closes_with_1013_and_no_traceback(caplog: pytest.LogCaptureFixture) -> None:

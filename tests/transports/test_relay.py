@@ -350,29 +350,7 @@ async def test_what_is_no_request_is_refused(two: tuple[Relay, Relay]) -> None:
         await here.carry(sid, {**SCOPE, "type": "lifespan"}, Client().receive, Client().send)
 
 
-async def test_a_word_that_nobody_knows_is_passed_over(two: tuple[Relay, Relay], bus: Bus) -> None:
-    here, there = two
-    sid = there.new_id()
-    began = asyncio.Event()
-
-    async def waits(scope: Any, receive: Any, send: Any) -> None:
-        began.set()
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    there.own(sid, waits)
-    client = Client()
-    carrying = asyncio.create_task(here.carry(sid, SCOPE, client.receive, client.send))
-    await asyncio.wait_for(began.wait(), 5)
-    (name,) = there._exchanges
-    words = relay_module._encoder.encode(relay_module._Words(here.node, name, 99))
-    await bus.publish("\x1frelay:" + there.node, Payload("binary", words))
-    client.messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-    await asyncio.wait_for(carrying, 5)
-    assert client.sent[0]["status"] == 200
-
-
-async def test_one_dead_process_is_not_another(two: tuple[Relay, Relay], bus: Bus) -> None:
+async def test_what_concerns_others_leaves_an_exchange_as_it_is(two: tuple[Relay, Relay], bus: Bus) -> None:
     here, there = two
     sid = there.new_id()
     began = asyncio.Event()
@@ -387,6 +365,9 @@ async def test_one_dead_process_is_not_another(two: tuple[Relay, Relay], bus: Bu
     carrying = asyncio.create_task(here.carry(sid, SCOPE, client.receive, client.send))
     await asyncio.wait_for(began.wait(), 5)
     here._bury("somebody else")
+    (name,) = there._exchanges
+    unknown = relay_module._encoder.encode(relay_module._Words(here.node, name, 99))
+    await bus.publish("\x1frelay:" + there.node, Payload("binary", unknown))
     client.messages.put_nowait({"type": "http.request", "body": b"", "more_body": False})
     await asyncio.wait_for(carrying, 5)
     assert client.sent[0]["status"] == 200
