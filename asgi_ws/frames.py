@@ -221,6 +221,9 @@ class Parser:
     def feed(self, data: bytes) -> list[Received]:
         """What has become whole with these bytes, in its order. Raises nothing: see `violation`."""
         received: list[Received] = []
+        if self._buffer is None and not self._opcode and (short := self._short(data)) is not None:
+            received.append(short)
+            return received
         if self._buffer is not None:
             self._buffer += data
             if len(self._buffer) < self._needed:
@@ -234,6 +237,28 @@ class Parser:
                 self.violation = violation
                 self._buffer = self._parts = None
         return received
+
+    def _short(self, data: bytes) -> Received | None:
+        """What mostly comes: one short message, alone and in one frame. `None` for everything else, right or wrong."""
+        size = len(data) - 6
+        if size <= 0 or self.violation is not None:
+            return None
+        first, second, start = data[0], data[1], 6
+        if second == _MASKED | 126:
+            start, size = 8, size - 2
+            if size <= 0 or data[2] << 8 | data[3] != size:
+                return None
+        elif size >= 126 or second != _MASKED | size:
+            return None
+        if (first != 0x81 and first != 0x82) or (self.max_size is not None and size > self.max_size):
+            return None
+        payload = apply_mask(data[start:], data[start - 4 : start])
+        if first == 0x82:
+            return Received(BINARY, payload)
+        try:
+            return Received(TEXT, payload.decode())
+        except UnicodeDecodeError:
+            return None
 
     def _parse(self, data: bytes, received: list[Received]) -> None:
         position, length = 0, len(data)

@@ -201,6 +201,25 @@ def test_control_frames_may_come_between_fragments() -> None:
     assert parser().feed(wire) == [Received(PING, b"?"), Received(PONG, b""), Received(TEXT, "one two")]
 
 
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+@pytest.mark.parametrize("size", [0, 1, 124, 125, 126, 127, 128, 1000, 1001])
+@pytest.mark.parametrize("last", [b"a", b"\xff"])
+def test_one_message_alone_is_what_it_is_in_pieces(opcode: int, size: int, last: bytes) -> None:
+    wire = sent(opcode, (b"a" * size)[:-1] + last if size else b"")
+    alone, pieces = parser(), parser()
+    received = alone.feed(wire)
+    assert received == [each for byte in wire for each in pieces.feed(bytes([byte]))]
+    assert violated(alone) == violated(pieces)
+    assert bool(received) == (violated(alone) is None)
+
+
+def test_a_length_of_16_bits_may_say_what_7_could() -> None:
+    assert parser().feed(masked(0x81, 126, b"\0\3\0\0\0\0abc")) == [Received(TEXT, "abc")]
+    incomplete = parser()
+    assert incomplete.feed(masked(0x81, 126, b"\0\4\0\0\0\0abc")) == []
+    assert incomplete.feed(b"d") == [Received(TEXT, "abcd")]
+
+
 def test_messages_follow_each_other_each_from_its_own_beginning() -> None:
     one = sent(TEXT, b"\xc3", fin=False) + sent(0, b"\xa4")
     two = sent(BINARY, deflated(b"x" * 500), fin=False, rsv1=True) + sent(0)
