@@ -186,7 +186,9 @@ class WebSocketMiddleware:
     def _for_engine(self, scope: Scope) -> Scope | None:
         """The request of an Engine.IO client, at the path of the endpoint that it is for; its clients like to have a
         slash at the end."""
-        if b"EIO=" not in scope.get("query_string", b""):
+        query = scope.get("query_string", b"")
+        # A poll that doesn't say its version is told so; a WebSocket without one is not of Engine.IO.
+        if b"EIO=" not in query and (scope["type"] == "websocket" or b"transport=polling" not in query):
             return None
         for slash in ("", "/"):
             request = {**scope, "path": scope["path"].removesuffix(slash)}

@@ -557,6 +557,7 @@ async def test_upgrades_under_load_lose_double_and_reorder_nothing(site: Site) -
         ("GET", "EIO=3&transport=polling", 400, 5),
         ("GET", "EIO=5&transport=polling", 400, 5),
         ("GET", "EIO=&transport=polling", 400, 5),
+        ("GET", "transport=polling", 400, 5),
         ("GET", "EIO=4&transport=polling&sid=unknown", 400, 1),
         ("GET", "EIO=4&transport=polling&sid=", 400, 1),
         ("GET", "EIO=4&transport=polling&sid=__proto__", 400, 1),
@@ -591,6 +592,12 @@ async def test_websocket_is_refused_before_it_is_accepted(site: Site, query: str
             raise AssertionError
     assert refused.value.status_code == 400
     assert refused.value.json()["code"] == code
+
+
+async def test_websocket_that_names_no_version_is_not_of_engine_io(site: Site) -> None:
+    async with connect(site.app, "/chat/lobby?transport=polling", lifespan=False) as client:
+        await client.send("hello")
+        assert await client.receive() == "hello"
 
 
 async def test_websocket_is_refused_where_the_server_takes_no_response(site: Site) -> None:
