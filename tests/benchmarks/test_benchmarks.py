@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import brokers, end_to_end, micro, plot, stalled
+from tests.benchmarks import brokers, end_to_end, fallbacks, micro, plot, stalled
 from tests.programs import program
 from tests.servers import ROOT
 
@@ -48,6 +48,15 @@ def test_clients_that_do_not_read_are_ended_and_the_others_get_everything() -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_clients_without_a_websocket_are_measured_and_lose_nothing() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.fallbacks", "--quick"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert shown.returncode == 0, shown.stderr
+    assert all(f"\n| {name} | 0 | 0 |\n" in shown.stdout for name in ("lost", "doubled", "out of order"))
+    assert shown.stdout.count("\n| polls and event streams that were told so | 10 of 10 | |\n") == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_brokers_are_measured() -> None:
     program("redis-server")
     command = [sys.executable, "-m", "tests.benchmarks.brokers", "--quick"]
@@ -67,7 +76,7 @@ def test_without_redis_there_is_nothing_to_measure(
     assert "redis-server" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [end_to_end.main, stalled.main, brokers.main])
+@pytest.mark.parametrize("main", [end_to_end.main, stalled.main, brokers.main, fallbacks.main])
 def test_other_systems_are_told(
     main: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
