@@ -190,6 +190,8 @@ class WebSocketMiddleware:
         # A poll that doesn't say its version is told so; a WebSocket without one is not of Engine.IO.
         if b"EIO=" not in query and (scope["type"] == "websocket" or b"transport=polling" not in query):
             return None
+        if not self._may_serve(scope):
+            return None
         for slash in ("", "/"):
             request = {**scope, "path": scope["path"].removesuffix(slash)}
             if self._is_endpoint({**request, "type": "websocket"}, scope.get("app", self.app)):

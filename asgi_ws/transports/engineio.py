@@ -408,6 +408,10 @@ class EngineTransport:
 
 def _fields(scope: Scope) -> dict[str, str]:
     query = scope["query_string"].decode("latin-1")
+    fields = query.split("&")
+    if len(fields) <= _QUERY_FIELDS and "%" not in query and "+" not in query:
+        # What clients send; the same as below, in a fraction of the time.
+        return {name: value for name, _, value in (field.partition("=") for field in fields) if name}
     try:
         return dict(parse_qsl(query, keep_blank_values=True, max_num_fields=_QUERY_FIELDS))
     except ValueError:

@@ -614,6 +614,15 @@ async def test_websocket_is_refused_where_the_server_takes_no_response(site: Sit
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
+@pytest.mark.parametrize(
+    "query", ["EIO=%34&transport=polling", "x=a+b&EIO=4&&transport=polling", "&EIO=4&y&transport=polling&"]
+)
+async def test_query_may_be_written_in_any_way(site: Site, query: str) -> None:
+    response = await request(site.app, "GET", f"/chat/lobby/?{query}", lifespan=False)
+    assert response.status_code == 200
+    assert response.text.startswith("0{")
+
+
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
 async def test_other_methods_leave_the_session_alone(site: Site, method: str) -> None:
     client = site.client()
