@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
-from starlette.types import Message
+from starlette.types import Message, Receive
 
 from asgi_ws.exceptions import ConnectionClosed, InvalidMessage
 from asgi_ws.frames import Frame
@@ -110,7 +110,8 @@ class EngineLink:
         self._farewell: asyncio.Future[None] | None = None
         self._heartbeat: Heartbeat | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._poll: asyncio.Future[None] | None = None
+        self._poll: asyncio.Task[None] | None = None
+        self._woken = False
         self._room: asyncio.Future[None] | None = None
 
     # What a connection asks its session
@@ -327,18 +328,31 @@ class EngineLink:
         """Whether a poll has to wait for something to be answered with."""
         return not self.session.answerable and self.session.transport == "polling" and not self.ended.done()
 
-    async def something(self) -> None:
-        """Wait for it."""
-        self._poll = asyncio.get_running_loop().create_future()
+    async def something(self, receive: Receive) -> None:
+        """Wait for it. The session is over when the poll's client leaves meanwhile.
+
+        Many polls wait at a time, so each has no more than its own task, which `_wake_poll` calls back as a timeout
+        does.
+        """
+        self._poll = task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._woken = False
         timer = None
         if self.session.upgrading:
             timer = asyncio.get_running_loop().call_later(_NOOP_DELAY, self._wake_poll)
         try:
-            await self._poll
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        except asyncio.CancelledError:
+            if not self._woken or task.uncancel():
+                raise
+            return
+        except Exception:
+            logger.debug("receiving failed", exc_info=True)
         finally:
             self._poll = None
             if timer is not None:
                 timer.cancel()
+        self.lose()
 
     def take(self) -> bytes:
         """What a poll is answered with."""
@@ -362,8 +376,9 @@ class EngineLink:
         return answer
 
     def _wake_poll(self) -> None:
-        if self._poll is not None and not self._poll.done():
-            self._poll.set_result(None)
+        if self._poll is not None and not self._woken:
+            self._woken = True
+            self._poll.cancel()
 
     # The end
 

@@ -277,8 +277,7 @@ class EngineTransport:
         answered = False
         try:
             if link.idle:
-                async with while_connected(receive, link.lose):
-                    await link.something()
+                await link.something(receive)
             body = link.take()
             link.cut = functools.partial(cut_off, send)
             headers = response_headers(scope, self.origins, b"text/plain; charset=UTF-8")

@@ -13,6 +13,9 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -132,6 +135,57 @@ async def test_polling_client_meets_plain_websockets(site: Site) -> None:
         await client.post("4grüße\x1ebAQL/")
         assert [await plain.receive() for _ in range(3)] == ["hello", "grüße", b"\x01\x02\xff"]
         assert await client.receive(2) == ["4grüße", "bAQL/"]
+
+
+async def test_parked_poll_is_answered_behind_middleware_with_tasks_of_its_own(site: Site) -> None:
+    async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+    client = EngineClient(BaseHTTPMiddleware(site.app, pass_on), "/chat/lobby/")
+    await client.open()
+    for text in ("one", "two"):
+        async with client.parked() as poll:
+            await site.hub.publish("chat:lobby", text)
+            assert (await poll).text == f"4{text}"
+
+
+async def poll_with(site: Site, client: EngineClient, receive: Receive) -> None:
+    """A poll, of which nobody hears the answer."""
+
+    async def send(_: Message) -> None:
+        pass
+
+    query = f"EIO=4&transport=polling&sid={client.sid}".encode()
+    scope = {"type": "http", "method": "GET", "path": "/waits", "headers": [], "query_string": query}
+    await site.app(scope, receive, send)
+
+
+async def test_session_ends_with_a_server_that_fails_to_receive(site: Site) -> None:
+    async def fail() -> Message:
+        raise RuntimeError("on purpose")
+
+    client = site.client("/waits")
+    await client.open()
+    await poll_with(site, client, fail)
+    await until_ended(site)
+
+
+async def test_session_ends_with_a_poll_that_is_cancelled(site: Site) -> None:
+    waits = asyncio.Event()
+
+    async def wait() -> Message:
+        waits.set()
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    client = site.client("/waits")
+    await client.open()
+    poll = asyncio.create_task(poll_with(site, client, wait))
+    await waits.wait()
+    poll.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await poll
+    await until_ended(site)
 
 
 async def test_parked_poll_is_answered_as_soon_as_there_is_something(site: Site) -> None:
