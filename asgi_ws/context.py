@@ -181,6 +181,8 @@ class Order:
 _CONTROL = "\x1fcontrol"
 """The channel of orders. No application can make such a name."""
 _RULES = "rules"
+_BORROW_INTERVAL = 5.0
+"""How often, in seconds, one who publishes from outside asks for the application's rules."""
 _BEGINS = "\x1f"
 """Stands before the beginning of names, among patterns, which have no control characters."""
 _read_order = json_decoder(Order)
@@ -204,6 +206,8 @@ class Context:
         self.clients: dict[str, Client] = {}
         """The open connections by their ids."""
         self._borrowed = Rules()
+        self._borrowed_at = 0.0
+        self._lender: HistoryBroker | None = None
         self._borrowed_prefixes: dict[str, Retention] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pubsub: PubSub | None = None
@@ -264,20 +268,27 @@ class Context:
         """Whoever publishes from outside, without rules of his own, is to keep what the application keeps."""
         own = [(rule.pattern, rule.retention.size, rule.retention.ttl) for rule in self.rules if rule.retention]
         own += [(_BEGINS + prefix, retention.size, retention.ttl) for prefix, retention in self.prefixes.items()]
+        self._lender = None
         if own:
             await broker.remember(_RULES, to_json(own))
         elif broker.spans_processes and not any(self.rules):
-            words = await broker.recall(_RULES)
-            self._borrowed = Rules()
-            self._borrowed_prefixes = {}
-            try:
-                for pattern, size, ttl in _read_rules(words or "[]"):
-                    if pattern.startswith(_BEGINS):
-                        self._borrowed_prefixes[pattern.removeprefix(_BEGINS)] = Retention(size, ttl)
-                    else:
-                        self._borrowed.add(pattern, size, ttl)
-            except (InvalidMessage, ValueError) as error:
-                raise BrokerError(f"the application's rules can't be read: {error}") from error
+            self._lender = broker
+            await self._borrow(broker)
+
+    async def _borrow(self, broker: HistoryBroker) -> None:
+        # First, so that of many who publish one asks.
+        self._borrowed_at = asyncio.get_running_loop().time()
+        words = await broker.recall(_RULES)
+        rules, prefixes = Rules(), {}
+        try:
+            for pattern, size, ttl in _read_rules(words or "[]"):
+                if pattern.startswith(_BEGINS):
+                    prefixes[pattern.removeprefix(_BEGINS)] = Retention(size, ttl)
+                else:
+                    rules.add(pattern, size, ttl)
+        except (InvalidMessage, ValueError) as error:
+            raise BrokerError(f"the application's rules can't be read: {error}") from error
+        self._borrowed, self._borrowed_prefixes = rules, prefixes
 
     def forget(self) -> None:
         """Drop what can't be stopped any more."""
@@ -315,7 +326,11 @@ class Context:
     async def publish(self, channel: str, data: Any, *, sender: str | None = None) -> Position | None:
         """What `Hub.publish` and `Connection.publish` do."""
         check_name(channel)
-        return await self.pubsub.publish(channel, encode(data), sender=sender)
+        pubsub, payload = self.pubsub, encode(data)
+        if self._lender is not None and asyncio.get_running_loop().time() - self._borrowed_at > _BORROW_INTERVAL:
+            # The application may have been started after this process, or anew.
+            await self._borrow(self._lender)
+        return await pubsub.publish(channel, payload, sender=sender)
 
     async def leave(self, channels: Iterable[str], watched: Iterable[str], client: "SubscribedClient") -> None:
         """Unsubscribe a client from channels, and from the events of those that it `watched`. A hub that was stopped

@@ -6,6 +6,7 @@ import typing
 import pytest
 
 from asgi_ws import BrokerError, ConnectionClosed, Hub, Limits
+from asgi_ws import context as context_module
 from asgi_ws.brokers import Broker
 from asgi_ws.context import Connections
 from asgi_ws.messages import Publication
@@ -81,6 +82,21 @@ async def test_whoever_publishes_from_outside_keeps_what_the_application_keeps()
         assert [each.data for each in (await application.history("kept:1")).publications] == [1, 2]
         assert [each.data for each in (await outside.history("kept:1")).publications] == [1, 2]
         assert outside.context.retention("other") is None
+
+
+async def test_who_is_outside_before_the_application_begins_learns_what_it_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(context_module, "_BORROW_INTERVAL", 0.02)
+    bus = Bus()
+    async with Hub(BusBroker(bus)) as outside:
+        assert await outside.publish("kept", "lost") is None
+        application = Hub(BusBroker(bus))
+        application.channel("kept", history=2)
+        async with application:
+            await asyncio.sleep(0.03)
+            assert await outside.publish("kept", "there") is not None
+            assert [each.data for each in await application.history("kept")] == ["there"]
 
 
 @pytest.mark.parametrize("words", ["garbage", '[["a", 1]]', '[["a{", 1, 5]]', '[["a", -1, 5]]'])
