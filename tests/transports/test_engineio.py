@@ -1310,3 +1310,10 @@ async def test_session_that_no_other_process_has_is_unknown() -> None:
         path = f"/chat/lobby/?EIO=4&transport=polling&sid={relay.new_id()}"
         response = await request(one.app, "GET", path, lifespan=False)
         assert (response.status_code, response.json()["message"]) == (400, "Session ID unknown")
+
+
+async def test_path_that_only_begins_like_an_endpoints_is_the_applications() -> None:
+    site = Site()
+    async with site.hub:
+        response = await request(site.app, "GET", "/chat?EIO=4&transport=polling", lifespan=False)
+    assert (response.status_code, response.text) == (404, "nothing here")
