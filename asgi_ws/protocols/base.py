@@ -1,7 +1,7 @@
 """The contract between a connection and the words that its client speaks."""
 
 import abc
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from asgi_ws.frames import Frame
 from asgi_ws.messages import Publication, Recovery
@@ -14,7 +14,7 @@ T_co = TypeVar("T_co", covariant=True)
 class Protocol(abc.ABC, Generic[T_co]):
     """Makes messages of frame payloads, and frame payloads of messages and publications. No I/O, no state."""
 
-    format: ClassVar[str]
+    format: str
     """Two protocols of the same format make the same of a publication, so that its frame is built once for both."""
 
     @abc.abstractmethod

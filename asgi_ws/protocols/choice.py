@@ -20,10 +20,7 @@ class MixedProtocol(Protocol[Any]):
     def __init__(self, reads: Protocol[Any], writes: Protocol[Any]) -> None:
         self._reads = reads
         self._writes = writes
-
-    @property
-    def format(self) -> str:  # type: ignore[override]
-        return self._writes.format
+        self.format = writes.format
 
     def decode(self, payload: str | bytes) -> Any:
         return self._reads.decode(payload)

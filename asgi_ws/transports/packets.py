@@ -135,10 +135,7 @@ class PacketProtocol(Protocol[Any]):
 
     def __init__(self, contents: Protocol[Any]) -> None:
         self._contents = contents
-
-    @property
-    def format(self) -> str:  # type: ignore[override]
-        return "eio4+" + self._contents.format
+        self.format = "eio4+" + contents.format
 
     def decode(self, payload: str | bytes) -> Any:
         """`payload` is a packet's content, as the link has handed it over."""

@@ -133,10 +133,7 @@ class EventProtocol(Protocol[Any]):
 
     def __init__(self, contents: Protocol[Any]) -> None:
         self._contents = contents
-
-    @property
-    def format(self) -> str:  # type: ignore[override]
-        return "sse+" + self._contents.format
+        self.format = "sse+" + contents.format
 
     def decode(self, payload: str | bytes) -> Any:
         """Nothing comes this way."""
