@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import typing
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.convertors import Convertor, FloatConvertor, IntegerConvertor, UUIDConvertor
@@ -21,7 +21,7 @@ from asgi_ws.exceptions import HubNotRunning
 from asgi_ws.payloads import json_decoder
 from asgi_ws.protocols import choose_protocol
 
-__all__ = ["Endpoint", "Procedure", "check_async", "check_takes", "current_app", "make_route", "takes"]
+__all__ = ["Endpoint", "Procedure", "check_async", "check_takes", "current_app", "make_route", "parameters_of", "takes"]
 
 current_app: contextvars.ContextVar[Any] = contextvars.ContextVar("current_app", default=None)
 """The application whose `dependency_overrides` hold for the request."""
@@ -176,22 +176,32 @@ def _name(function: Any) -> str:
     return getattr(function, "__qualname__", repr(function))
 
 
-def _parameters(handler: Handler, namespace: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
-    """The handler's parameters, with annotations that are types even where they were written as text."""
-    target = inspect.unwrap(handler)
-    if isinstance(target, functools.partial):
+def parameters_of(function: Callable[..., Any], namespace: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """A function's parameters, with annotations that are types even where they were written as text.
+
+    `namespace` has the names of where it was defined. Raises `TypeError` for an annotation that can't be resolved.
+    """
+    target: Any = inspect.unwrap(function)
+    while isinstance(target, functools.partial):
         target = target.func
     if not inspect.isroutine(target):
         target = target.__call__
     try:
         hints = typing.get_type_hints(target, localns=dict(namespace), include_extras=True)
     except NameError as error:
-        raise TypeError(f"{_name(handler)}: an annotation can't be resolved: {error}") from error
-    parameters = {}
-    for name, parameter in inspect.signature(handler).parameters.items():
+        raise TypeError(f"{_name(function)}: an annotation can't be resolved: {error}") from error
+    return {
+        name: parameter.replace(annotation=hints.get(name, parameter.empty))
+        for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+
+def _parameters(handler: Handler, namespace: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """The handler's parameters, each of which can be given by its name."""
+    parameters = parameters_of(handler, namespace)
+    for name, parameter in parameters.items():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"{_name(handler)}: the parameter {name!r} can't be given by its name")
-        parameters[name] = parameter.replace(annotation=hints.get(name, parameter.empty))
     return parameters
 
 

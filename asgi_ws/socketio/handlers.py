@@ -1,11 +1,10 @@
 """Handlers of events: what they take, and how what a client sends becomes that."""
 
 import inspect
-import typing
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from asgi_ws.endpoints import check_async
+from asgi_ws.endpoints import check_async, parameters_of
 from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.payloads import converter
 
@@ -41,19 +40,7 @@ class Handler:
                 raise TypeError(f"{self.name}: nothing can give it {parameter.name!r}: events have no names for values")
 
     def _parameters(self, namespace: Mapping[str, Any]) -> list[inspect.Parameter]:
-        target: Any = inspect.unwrap(self.function)
-        while hasattr(target, "func"):  # functools.partial
-            target = target.func
-        if not inspect.isroutine(target):
-            target = target.__call__
-        try:
-            hints = typing.get_type_hints(target, localns=dict(namespace), include_extras=True)
-        except NameError as error:
-            raise TypeError(f"{self.name}: an annotation can't be resolved: {error}") from error
-        parameters = [
-            parameter.replace(annotation=hints.get(parameter.name, parameter.empty))
-            for parameter in inspect.signature(self.function).parameters.values()
-        ]
+        parameters = list(parameters_of(self.function, namespace).values())
         if not parameters or parameters[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
             raise TypeError(f"{self.name}: a handler's first parameter is its socket")
         return parameters
