@@ -281,8 +281,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         """
         self._opened(self._outbox)
         check_name(channel)
-        if isinstance(since, str):
-            since = Position.parse(since)
+        since = Position.of(since)
         if self._session is not None:
             # What the client has got since is newer than what its URL says.
             since = self._session.take_since(channel) or since
@@ -292,7 +291,7 @@ class Connection(HTTPConnection[State], Generic[In, Out]):
         if rule is not None and not await rule.ask(self, parameters):
             raise SubscriptionDenied(channel)
         if since is not None:
-            # What was missed comes all at once, so it is to find an empty outbox.
+            # What was missed comes all at once, so what was missed of another channel is to have left before.
             await self._opened(self._outbox).flush()
         if self._closed is not None or self._left:
             raise (self._closed or ConnectionClosed(1000)).again()

@@ -19,7 +19,7 @@ from asgi_ws.channels import Rules, check_name
 from asgi_ws.exceptions import BrokerError, ConnectionClosed, HubNotRunning, InvalidMessage
 from asgi_ws.limits import Limits
 from asgi_ws.links import Link, Receiver
-from asgi_ws.messages import Position, Publication, Retention
+from asgi_ws.messages import INTERNAL, Position, Publication, Retention
 from asgi_ws.origins import OriginPolicy
 from asgi_ws.payloads import Payload, encode, json_decoder, to_json
 from asgi_ws.presence import Presence, events_of
@@ -178,13 +178,13 @@ class Order:
     reason: str
 
 
-_CONTROL = "\x1fcontrol"
-"""The channel of orders. No application can make such a name."""
+_CONTROL = f"{INTERNAL}control"
+"""The channel of orders."""
 _RULES = "rules"
 _BORROW_INTERVAL = 5.0
 """How often, in seconds, one who publishes from outside asks for the application's rules."""
-_BEGINS = "\x1f"
-"""Stands before the beginning of names, among patterns, which have no control characters."""
+_BEGINS = INTERNAL
+"""Stands before the beginning of names, among patterns, which can't begin so either."""
 _read_order = json_decoder(Order)
 _read_rules = json_decoder(list[tuple[str, int, float]])
 
@@ -310,7 +310,7 @@ class Context:
 
     def retention(self, channel: str) -> Retention | None:
         """How much of a channel is kept."""
-        if channel.startswith("\x1f"):
+        if channel.startswith(INTERNAL):
             # Orders and events are of the moment, whatever a pattern matches.
             return None
         rule, _ = self.rules.find(channel)

@@ -306,7 +306,7 @@ class Hub:
         check_name(channel)
         if limit is not None and not 0 <= limit <= MAX_HISTORY:
             raise ValueError(f"limit={limit!r}: must be a number of publications, 0 to {MAX_HISTORY}")
-        return await self._context.pubsub.history(channel, since=_position(since), limit=limit)
+        return await self._context.pubsub.history(channel, since=Position.of(since), limit=limit)
 
     async def presence(self, channel: str) -> list[Member]:
         """Who is in a channel, in all processes. Raises `HubNotRunning`, `BrokerError`, `InvalidChannel`, and
@@ -347,7 +347,7 @@ class Hub:
         await self._context.order(Order(None if user is None else str(user), id_, code, reason))
 
     def _subscription(self, channel: str, since: Position | str | None) -> Subscription:
-        return Subscription(self._context.pubsub, channel, self._context.limits.outbox_size, _position(since))
+        return Subscription(self._context.pubsub, channel, self._context.limits.outbox_size, Position.of(since))
 
     def _check_presence(self, channel: str) -> None:
         check_name(channel)
@@ -414,7 +414,3 @@ class Hub:
                 'Run one worker, or join them, for example with Hub("redis://localhost")',
                 workers,
             )
-
-
-def _position(since: Position | str | None) -> Position | None:
-    return Position.parse(since) if isinstance(since, str) else since

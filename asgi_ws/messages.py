@@ -9,8 +9,10 @@ from asgi_ws.exceptions import InvalidPosition
 from asgi_ws.frames import Frame, frame_of
 from asgi_ws.payloads import Payload
 
-__all__ = ["Encoder", "History", "Position", "Publication", "Recovery", "Retention"]
+__all__ = ["INTERNAL", "Encoder", "History", "Position", "Publication", "Recovery", "Retention"]
 
+INTERNAL = "\x1f"
+"""What the names of the hub's own channels begin with. No application can make such a name."""
 _MAX_OFFSET = 2**53 - 1
 """The largest number that every client's JSON can say."""
 
@@ -25,6 +27,11 @@ class Position:
 
     def __str__(self) -> str:
         return f"{self.offset}:{self.epoch}"
+
+    @classmethod
+    def of(cls, since: "Position | str | None") -> "Position | None":
+        """A position where it is one, or the text of one. Raises `InvalidPosition`."""
+        return cls.parse(since) if isinstance(since, str) else since
 
     @classmethod
     def parse(cls, text: str) -> "Position":

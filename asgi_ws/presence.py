@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from asgi_ws.brokers import PresenceBroker
 from asgi_ws.exceptions import BrokerError
+from asgi_ws.messages import INTERNAL
 from asgi_ws.payloads import Payload, json_decoder, to_json
 from asgi_ws.pubsub import PubSub, Subscription
+from asgi_ws.tasks import Tasks
 
 __all__ = ["Member", "Presence", "PresenceEvent", "PresenceStats", "events_of"]
 
@@ -27,8 +29,8 @@ LATER = 0.25
 """How much later it is asked whether that has ended, so that the broker's clock has got there, too."""
 _REFRESHES_AT_ONCE = 32
 
-_EVENTS = "\x1fpresence:"
-"""What the channel of a channel's events begins with. No application can make such a name."""
+_EVENTS = f"{INTERNAL}presence:"
+"""What the channel of a channel's events begins with."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Presence:
         self._watched: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._timers: set[asyncio.TimerHandle] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._stopped = False
 
     async def enter(self, channel: str, member: Member) -> None:
@@ -152,11 +154,7 @@ class Presence:
         for timer in (self._timer, *self._timers):
             if timer is not None:
                 timer.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._tasks.cancel()
 
     # Who has gone
 
@@ -224,10 +222,7 @@ class Presence:
         await self._pubsub.publish(events_of(event.channel), Payload("json", to_json(event)))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name="asgi_ws presence")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.start(work, "asgi_ws presence")
 
 
 class _Events(Subscription):

@@ -5,8 +5,7 @@ import logging
 import random
 import typing
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from asgi_ws.brokers import Broker, HistoryBroker
 from asgi_ws.exceptions import AsgiWsError, BrokerError, PublicationsLost, SubscriberTooSlow
@@ -14,6 +13,7 @@ from asgi_ws.messages import History, Position, Publication, Recovery, Retention
 from asgi_ws.payloads import Payload
 from asgi_ws.recovery import Step, Stream, follows, merge, read_again_from, read_from
 from asgi_ws.tables import Table
+from asgi_ws.tasks import Tasks
 
 __all__ = ["PubSub", "Subscriber", "Subscription"]
 
@@ -31,8 +31,8 @@ _MAX_RETRY = 2.0
 
 class Subscriber(typing.Protocol):
     """Whatever can be pushed to. One that also has `recover(publication)` is given by that what it has missed. One that
-    has `lost(channel)` is told, instead of being left with a gap, that
-    publications of a channel with a history are lost to it; it then leaves the channel."""
+    has `lost(channel)` is told, instead of being left with a gap, that publications of a channel with a history are
+    lost to it; it then leaves the channel."""
 
     def push(self, publication: Publication) -> None:
         """Take a publication. Never waits, never raises."""
@@ -102,7 +102,7 @@ class PubSub:
         self._stopped = False
         self._reads = asyncio.Semaphore(_READS_AT_ONCE)
         self._channels: Table[str, _Channel] = Table()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._check_timer: asyncio.TimerHandle | None = None
         self.subscriptions: set[Subscription] = set()
 
@@ -117,11 +117,7 @@ class PubSub:
         self._stopped = True
         if self._check_timer is not None:
             self._check_timer.cancel()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._tasks.cancel()
         await self._broker.stop()
         for entry in self._channels.values():
             _end(entry, list(entry.joiners), BrokerError(_STOPPED))
@@ -266,7 +262,7 @@ class PubSub:
             self._release_later(channel)
 
     def _release_later(self, channel: str) -> asyncio.Task[None]:
-        return self._start(self._release(channel), "asgi_ws unsubscribe")
+        return self._tasks.start(self._release(channel), "asgi_ws unsubscribe")
 
     async def _release(self, channel: str) -> None:
         entry = self._channels.get(channel)
@@ -313,7 +309,7 @@ class PubSub:
         # Under the channel's lock: the request must not be overtaken by the last unsubscribe of those who were here
         # before.
         async with entry.lock:
-            if self._retention(channel) is not None and isinstance(self._broker, HistoryBroker):
+            if self.has_history(channel):
                 # Before the broker is asked: what it delivers at once is to be collected.
                 entry.stream = Stream()
             await self._broker.subscribe(channel)
@@ -329,7 +325,7 @@ class PubSub:
         """Have the history read, for all who wait for it at once. One that is being read already may lack what the
         later ones need, so they wait for the next."""
         if entry.reader is None:
-            entry.reader = self._start(self._catch_up(channel, entry), "asgi_ws history")
+            entry.reader = self._tasks.start(self._catch_up(channel, entry), "asgi_ws history")
 
     async def _catch_up(self, channel: str, entry: _Channel) -> None:
         stream = typing.cast(Stream, entry.stream)
@@ -421,7 +417,7 @@ class PubSub:
         self._check_timer = asyncio.get_running_loop().call_later(delay, self._check)
 
     def _check(self) -> None:
-        self._start(self._check_positions(), "asgi_ws position check")
+        self._tasks.start(self._check_positions(), "asgi_ws position check")
 
     async def _check_positions(self) -> None:
         waiting = iter(list(self._channels.items()))
@@ -443,12 +439,6 @@ class PubSub:
             if stream.differs(before, history.position):
                 stream.doubt()
                 self._read(channel, entry)
-
-    def _start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _push(entry: _Channel, publication: Publication) -> None:

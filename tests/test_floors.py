@@ -7,7 +7,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "asgi_ws"
 
 FLOORS = [
-    {"exceptions", "limits", "frames", "tables", "_types"},
+    {"exceptions", "limits", "frames", "tables", "tasks", "_types"},
     {"payloads", "links", "origins"},
     {"messages"},
     {"brokers", "channels", "protocols", "inbox", "outbox", "recovery", "uvicorn"},

@@ -574,9 +574,7 @@ class PubSubConnection(Connection[Any, Any]):
             rule, parameters = self._context.rules.find(channel)
             if rule is not None and not await rule.ask(self, parameters):
                 raise SubscriptionDenied(channel)
-        if isinstance(since, str):
-            since = Position.parse(since)
-        return await self._subscribe_server(channel, since=since, info=info, join_leave=join_leave)
+        return await self._subscribe_server(channel, since=Position.of(since), info=info, join_leave=join_leave)
 
     async def _subscribe_server(
         self, channel: str, *, since: Position | None = None, info: Any = None, join_leave: bool = False

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 
 from asgi_ws.exceptions import CommandError, InvalidMessage
-from asgi_ws.messages import Position, Publication, Recovery
+from asgi_ws.messages import INTERNAL, Position, Publication, Recovery
 from asgi_ws.payloads import json_decoder, to_json
 from asgi_ws.protocols.base import Protocol
 
@@ -289,8 +289,8 @@ class CentrifugeProtocol(Protocol[list[Command]]):
         return push_text("message", f'{{"data":{to_json(message)}}}')
 
     def encode_publication(self, publication: Publication) -> str:
-        if publication.channel.startswith("\x1f"):
-            # No application can make such a name: it is the channel of another's presence events.
+        if publication.channel.startswith(INTERNAL):
+            # It is the channel of another's presence events.
             return self._presence_push(publication)
         return push_text("pub", self.publication(publication), publication.channel)
 

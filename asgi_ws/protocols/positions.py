@@ -4,7 +4,7 @@ import base64
 from typing import Any
 
 from asgi_ws.exceptions import InvalidMessage
-from asgi_ws.messages import Position, Publication, Recovery
+from asgi_ws.messages import INTERNAL, Position, Publication, Recovery
 from asgi_ws.payloads import to_json
 from asgi_ws.protocols.base import Protocol
 
@@ -29,7 +29,7 @@ class PositionsProtocol(Protocol[Any]):
 
     def encode_publication(self, publication: Publication) -> str:
         payload = publication.payload
-        if publication.channel.startswith("\x1f") and isinstance(payload.data, str):
+        if publication.channel.startswith(INTERNAL) and isinstance(payload.data, str):
             # An event, which says itself what it is about.
             return payload.data
         if isinstance(payload.data, bytes):

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_ws.exceptions import InvalidMessage
 from asgi_ws.origins import OriginPolicy, user_id
+from asgi_ws.tasks import Tasks
 from asgi_ws.transports.base import (
     BodyTooLarge,
     ClientGone,
@@ -136,7 +137,7 @@ class EngineTransport:
         self.ping_timeout = ping_timeout
         self._relay = relay
         self._sessions: dict[str, tuple[EngineLink, _Owner]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._stopper = Stopper()
 
     @property
@@ -156,10 +157,7 @@ class EngineTransport:
             await asyncio.wait([*self._tasks, *(link.ended for link in links)], timeout=_STOP_TIME)
         for link in links:
             link.abort()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_preflight(scope):
@@ -244,9 +242,7 @@ class EngineTransport:
         """Begin a session, and answer with what the application says to it."""
         link = self._new_link("polling")
         handshake = Handshake(link, functools.partial(self._begin, _Owner(scope)))
-        task = asyncio.create_task(self._serve(handshake, scope), name="asgi_ws session")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._serve(handshake, scope), "asgi_ws session")
         async with while_connected(receive, handshake.client_gone):
             await asyncio.wait([handshake.answered])
         status, headers, body = handshake.answered.result()

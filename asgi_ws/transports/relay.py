@@ -17,16 +17,17 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from asgi_ws.exceptions import BrokerError
-from asgi_ws.messages import Publication
+from asgi_ws.messages import INTERNAL, Publication
 from asgi_ws.origins import user_id
 from asgi_ws.payloads import Payload
+from asgi_ws.tasks import Tasks
 
 __all__ = ["Bus", "OwnerGone", "Relay"]
 
 logger = logging.getLogger("asgi_ws")
 
-_CHANNEL = "\x1frelay:"
-"""What the channel of a process begins with. No application can make such a name."""
+_CHANNEL = f"{INTERNAL}relay:"
+"""What the channel of a process begins with."""
 _BEAT = 1.0
 """How often, in seconds, processes that have something to do with each other say that they live."""
 _SILENCE = 4.0
@@ -151,7 +152,7 @@ class Relay:
         self._exchanges: dict[str, _Exchange] = {}
         self._heard: dict[str, float] = {}
         self._dead: OrderedDict[str, None] = OrderedDict()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._timer: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -164,10 +165,7 @@ class Relay:
             self._timer.cancel()
         for exchange in list(self._exchanges.values()):
             exchange.end()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._tasks.cancel()
 
     def new_id(self) -> str:
         """An id for a session of this process."""
@@ -326,10 +324,7 @@ class Relay:
                 exchange.end()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work, name="asgi_ws relay")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.start(work, "asgi_ws relay")
 
 
 async def _pump(exchange: _Exchange, receive: Receive) -> None:
